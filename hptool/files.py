@@ -1,0 +1,268 @@
+"""Files: YAML and JSON to frozen types and back. Strict when reading, atomic when writing.
+
+The only module that uses yaml and pydantic. Every reader raises InputError with one line a mistake, all the
+mistakes of a file at once: `file: key: what was given, what is allowed`.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from hptool.errors import InputError
+from hptool.facts import Cluster, GpuSpec
+
+T = TypeVar("T")
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class _Loader(yaml.CSafeLoader):
+    """Safe YAML that reads `1e-4` as a number (YAML 1.2; PyYAML wants `1.0e-4`) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (yaml's signature)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool | None):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def data_directory(name: str) -> Path:
+    """`base_configs` or `cluster`: beside the package in a checkout, inside it when installed from a wheel."""
+    checkout = _PACKAGE.parent / name
+    return checkout if checkout.is_dir() else _PACKAGE / name
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_text(path: Path) -> str:
+    """The file's text; InputError where it cannot be had."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error.reason})"
+        raise InputError(f"{path}: cannot be read: {reason}") from error
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Safe YAML; InputError with line and column where it is broken."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a subclass of the safe loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{source}: not valid YAML{where}: {what}") from error
+    except ValueError as error:  # a date or number that Python cannot hold
+        raise InputError(f"{source}: not valid YAML: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """As `parse_yaml`, of a file."""
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse(document: Any, kind: type[T], source: str) -> T:
+    """`document` (mappings, lists, scalars) as the frozen dataclass `kind`; `source` names it in errors."""
+    if not isinstance(document, Mapping):
+        raise InputError(f"{source}: a mapping of keys is needed, {type(document).__name__} given")
+    problems = [
+        f"{source}: {key}: unknown key; {nearest(key.rpartition('.')[2], known)}"
+        for key, known in _unknown_keys(document, kind)
+    ]
+    try:
+        # Through JSON, because only there does strict mode take a list for a tuple.
+        value = TypeAdapter(kind).validate_json(json.dumps(document, default=str), strict=True)
+    except ValidationError as error:
+        problems += [f"{source}: {line}" for line in _validation_lines(error, kind)]
+    if problems:
+        raise InputError(*dict.fromkeys(problems))
+    return value
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """A YAML or JSON file as `kind`."""
+    return parse(read_yaml(path), kind, str(path))
+
+
+def parse_json(text: str, kind: Any, source: str) -> Any:
+    """JSON text as `kind` (a dataclass or a union of them); InputError where it does not fit."""
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise InputError(*(f"{source}: {line}" for line in _validation_lines(error, None))) from error
+
+
+def nearest(word: str, allowed: Sequence[str]) -> str:
+    """A hint: the closest of `allowed`, or all of them where none is close."""
+    close = difflib.get_close_matches(word, allowed, n=1)
+    return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(sorted(allowed))}"
+
+
+def _unknown_keys(document: Mapping[Any, Any], kind: Any, prefix: str = "") -> Iterator[tuple[str, Sequence[str]]]:
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]
+    for key, value in document.items():
+        if key not in hints or key not in names:
+            yield f"{prefix}{key}", names
+            continue
+        nested = next((t for t in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
+        if nested is not None and isinstance(value, Mapping):
+            yield from _unknown_keys(value, nested, f"{prefix}{key}.")
+
+
+def _validation_lines(error: ValidationError, kind: Any) -> Iterator[str]:
+    for item in error.errors(include_url=False):
+        if item["type"] == "unexpected_keyword_argument":  # already reported, with the nearest name
+            continue
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("literal[", "function-")))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] in ("missing", "missing_argument"):
+            yield f"{where}: required key is missing"
+        elif item["type"] == "value_error":
+            yield f"{where}: {message}" if where else message
+        else:
+            allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
+            yield f"{where}: {item['input']!r} given, allowed is {allowed}"
+    del kind
+
+
+def apply_overrides(document: Any, overrides: Sequence[str], source: str) -> Any:
+    """`document` with `a.b=value` applied (values are YAML); unknown keys are found by the `parse` that follows."""
+    problems = []
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        keys = path.split(".")
+        if not separator or not all(re.fullmatch(r"\w+", key) for key in keys):
+            problems.append(f"{source}: {override!r}: an override is written key.key=value")
+            continue
+        value = parse_yaml(text, f"{source}: {path}")
+        document = _replaced(document, keys, value)
+    if problems:
+        raise InputError(*problems)
+    return document
+
+
+def _replaced(document: Any, keys: Sequence[str], value: Any) -> Any:
+    base = dict(document) if isinstance(document, Mapping) else {}
+    base[keys[0]] = value if len(keys) == 1 else _replaced(base.get(keys[0]), keys[1:], value)
+    return base
+
+
+# ---------------------------------------------------------------- facts
+
+
+def read_gpu(name: str, source: str) -> GpuSpec:
+    """The GPU called `name` (or one of its aliases) from `cluster/gpus/`."""
+    known = {}
+    for path in sorted((data_directory("cluster") / "gpus").glob("*.yaml")):
+        spec = read(path, GpuSpec)
+        known.update(dict.fromkeys((spec.name, *spec.aliases), spec))
+    if name not in known:
+        raise InputError(f"{source}: gpu: unknown GPU {name!r}; {nearest(name, sorted(known))}")
+    return known[name]
+
+
+def read_cluster(name_or_path: str) -> Cluster:
+    """A profile by its name under `cluster/`, or by the path of a YAML file."""
+    path = named_file(name_or_path, data_directory("cluster"), "cluster profile")
+    document = read_yaml(path)
+    if isinstance(document, Mapping) and isinstance(document.get("gpu"), str):
+        document = {**document, "gpu": dataclasses.asdict(read_gpu(document["gpu"], str(path)))}
+    return parse(document, Cluster, str(path))
+
+
+def named_file(name_or_path: str, directory: Path, what: str) -> Path:
+    """`directory/NAME.yaml` for a plain name such as `gpt3/126m`; a path ending in .yaml or .yml as it is."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        return Path(name_or_path)
+    known = sorted(
+        str(p.relative_to(directory).with_suffix(""))
+        for p in directory.rglob("*.yaml")
+        if p.relative_to(directory).parts[0] != "gpus"
+    )
+    if name_or_path not in known:
+        raise InputError(
+            f"{name_or_path}: unknown {what}; {nearest(name_or_path, known)} (or give the path of a .yaml file)"
+        )
+    return directory / f"{name_or_path}.yaml"
+
+
+# ---------------------------------------------------------------- writing
+
+
+class _Dumper(yaml.CSafeDumper):
+    """Safe YAML without anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        del data
+        return True
+
+
+_Dumper.add_multi_representer(IntEnum, lambda dumper, value: dumper.represent_str(value.name.lower()))
+
+
+def yaml_text(document: Any) -> str:
+    """YAML in the order of the keys."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+
+
+def json_text(value: Any, indent: int | None = 2) -> str:
+    """JSON of plain values and dataclasses."""
+    return json.dumps(value, indent=indent, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if hasattr(value, "item"):  # a NumPy scalar
+        return value.item()
+    return str(value)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole text or nothing: written aside, flushed to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).chmod(0o644)
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """One whole line at the end of the file, on disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line.rstrip("\n") + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,13 @@
+"""Units. The only place where a power of two or ten stands for a prefix.
+
+Capacities are binary (GiB), rates are decimal (GB/s, TFLOP/s), as data sheets give them.
+"""
+
+GIB = 2**30
+MIB = 2**20
+GB = 10**9
+TERA = 10**12
+MICRO = 1e-6
+
+SECONDS_PER_MINUTE = 60
+SECONDS_PER_DAY = 86_400
