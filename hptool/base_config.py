@@ -8,10 +8,13 @@ that it can: a wish is granted or refused by name, never ignored. Keys that only
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Literal
 
+import jinja2
+
 from hptool.candidates import Layout, Recompute, Workload
-from hptool.facts import VOCAB_DIVISOR, ModelShape, Precision
+from hptool.facts import VOCAB_DIVISOR, Cluster, ModelShape, Precision
 
 #: NeMo's (Lightning's) spellings of the precisions that the worker knows.
 PRECISIONS: Mapping[str | int, Precision] = {
@@ -118,7 +121,7 @@ class ModelSection:
     # batch and layout
     micro_batch_size: int
     global_batch_size: int
-    rampup_batch_size: Literal[None] = None
+    rampup_batch_size: None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
@@ -141,7 +144,7 @@ class ModelSection:
     use_scaled_init_method: bool = True
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
-    ffn_dropout: Literal[0, 0.0] = 0.0
+    ffn_dropout: float = 0.0
     apply_query_key_layer_scaling: bool = False
     normalization: Literal["layernorm"] = "layernorm"
     layernorm_epsilon: float = 1e-5
@@ -186,7 +189,7 @@ class ModelSection:
     hysteresis: int = 2
     fp32_residual_connection: Literal[False] = False
     fp16_lm_cross_entropy: Literal[False] = False
-    megatron_amp_O2: Literal[True] = True
+    megatron_amp_O2: Literal[True] = True  # noqa: N815 (NeMo's key)
     grad_allreduce_chunk_size_mb: int = 125
     grad_div_ar_fusion: bool = True
     gradient_accumulation_fusion: bool = False
@@ -201,7 +204,7 @@ class ModelSection:
     apex_transformer_log_level: int = 30
     gc_interval: int = 0
     seed: int = 1234
-    resume_from_checkpoint: Literal[None] = None
+    resume_from_checkpoint: None = None
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     nsys_profile: Mapping[str, Any] = field(default_factory=dict)
     optim: OptimSection
@@ -287,8 +290,13 @@ class BaseConfig:
             gbs=self.model.global_batch_size,
             gpus=self.gpus,
             gpus_per_node=self.trainer.devices,
+            precision=self.precision,
             sequence_parallel=self.model.sequence_parallel,
             flash_attention=self.model.use_flash_attention,
+            dropout=self.model.hidden_dropout > 0,
+            overlap_grad_sync=self.model.optim.overlap_grad_sync,
+            overlap_param_sync=self.model.optim.overlap_param_sync,
+            vocab_divisor=self.model.make_vocab_size_divisible_by,
         )
 
     def with_layout(self, layout: Layout) -> "BaseConfig":
@@ -327,7 +335,7 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
     model = config.model
     problems: list[str] = []
 
-    def need(ok: bool, key: str, allowed: str) -> None:
+    def need(ok: bool, key: str, allowed: str) -> None:  # noqa: FBT001 (reads as a sentence)
         if not ok:
             value: Any = config
             for part in key.split("."):
@@ -363,6 +371,7 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
         "model.num_query_groups",
         f"a divisor of model.num_attention_heads ({model.num_attention_heads})",
     )
+    need(model.ffn_dropout == 0, "model.ffn_dropout", "0")
     for name in ("hidden_dropout", "attention_dropout"):
         need(0 <= getattr(model, name) < 1, f"model.{name}", "0 <= x < 1")
     method, layers = model.activations_checkpoint_method, model.activations_checkpoint_num_layers
@@ -380,3 +389,68 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
             "null unless activations_checkpoint_granularity is full",
         )
     return problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """What tells one size of a family from the next; the family's template holds the rest."""
+
+    family: str
+    name: str
+    source: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    ffn_hidden_size: int
+    seq_length: int
+    vocab_size: int
+    global_batch_size: int
+    lr: float
+    tokens: int
+    time_limit_days: float
+
+
+#: Parts of the steps spent warming up and at the final rate; `formulas.yaml` of the predecessor, base_config.py:596.
+_WARMUP_FRACTION = 0.0015
+_CONSTANT_FRACTION = 0.166
+
+#: How long before the job's end the trainer stops, to leave by itself.
+_MARGIN = timedelta(minutes=30)
+
+
+def render(template: str, preset: Preset, cluster: Cluster, num_nodes: int) -> str:
+    """The preset's config for `num_nodes` nodes of `cluster` as commented YAML, with the layout still to be chosen."""
+    limit = timedelta(days=preset.time_limit_days)
+    max_steps = max(1, preset.tokens // (preset.seq_length * preset.global_batch_size))
+    environment = jinja2.Environment(  # noqa: S701 (YAML of our own numbers, no HTML)
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+    )
+    return environment.from_string(template).render(
+        preset=preset,
+        cluster=cluster,
+        num_nodes=num_nodes,
+        max_steps=max_steps,
+        time_limit=_slurm_time(limit),
+        max_time=_lightning_time(max(limit - _MARGIN, limit / 2)),
+        init_method_std=round(0.64 / preset.hidden_size**0.5, 6),
+        warmup_steps=int(_WARMUP_FRACTION * max_steps),
+        constant_steps=int(_CONSTANT_FRACTION * max_steps),
+        min_lr=round(0.1 * preset.lr, 8),
+    )
+
+
+def _clock(span: timedelta) -> tuple[int, int, int, int]:
+    minutes, seconds = divmod(int(span.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return days, hours, minutes, seconds
+
+
+def _slurm_time(span: timedelta) -> str:
+    """As sbatch reads it: D-HH:MM:SS."""
+    return "{}-{:02}:{:02}:{:02}".format(*_clock(span))
+
+
+def _lightning_time(span: timedelta) -> str:
+    """As Lightning's trainer reads it: DD:HH:MM:SS."""
+    return "{:02}:{:02}:{:02}:{:02}".format(*_clock(span))

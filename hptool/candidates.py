@@ -1,15 +1,14 @@
 """Layouts: enumerate the ways to cut a model over GPUs, and reject what cannot start, with a reason."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hptool.facts import ModelShape
+from hptool.facts import VOCAB_DIVISOR, ModelShape, Precision
 
 IntColumn = NDArray[np.int64]
 BoolColumn = NDArray[np.bool_]
@@ -108,11 +107,182 @@ class Layouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What every layout has to carry: the model, its global batch, and the GPUs to spread over."""
+    """What every layout has to carry: the model, its global batch, the GPUs to spread over, and how it is trained."""
 
     shape: ModelShape
     gbs: int
     gpus: int
     gpus_per_node: int
+    precision: Precision = "bf16"
     sequence_parallel: bool = True
     flash_attention: bool = True
+    dropout: bool = False
+    overlap_grad_sync: bool = False
+    overlap_param_sync: bool = False
+    vocab_divisor: int = VOCAB_DIVISOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchLimits:
+    """How far `auto` goes; read from `base_configs/search_space.yaml`."""
+
+    mbs: tuple[int, ...]
+    min_tokens_per_cp_rank: int
+    block_fractions: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """The values to try of each axis; None is `auto`.
+
+    `recompute` holds pairs of mode and layer count, in which a count of None stands for every sensible one.
+    """
+
+    tp: tuple[int, ...] | None = None
+    pp: tuple[int, ...] | None = None
+    vpp: tuple[int, ...] | None = None
+    cp: tuple[int, ...] | None = None
+    mbs: tuple[int, ...] | None = None
+    recompute: tuple[tuple[Recompute, int | None], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """One reason for which layouts cannot start, how many there are, and the first of them."""
+
+    reason: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidates:
+    """The layouts that pass every static check, and why the others do not."""
+
+    layouts: Layouts
+    rejections: tuple[Rejection, ...]
+
+
+def enumerate_layouts(space: SearchSpace, work: Workload, limits: SearchLimits) -> Candidates:
+    """Every layout of the space that Megatron-core can start, each once, and the rest counted by reason.
+
+    A layout that breaks several rules counts under the first of `_rules`. The order is that of `AXES`.
+    """
+    table = _product(space, work, limits)
+    alive = np.ones(len(table), dtype=np.bool_)
+    rejections = []
+    for reason, broken in _rules(table, work):
+        out = alive & broken
+        if out.any():
+            first = table.row(int(np.argmax(out)))
+            rejections.append(Rejection(reason=reason, count=int(out.sum()), example=first.name))
+        alive &= ~broken
+    return Candidates(layouts=table.select(alive), rejections=tuple(rejections))
+
+
+def refusal(layout: Layout, work: Workload) -> str | None:
+    """Why this layout cannot start; None where it can."""
+    return next((reason for reason, broken in _rules(Layouts.of([layout]), work) if broken[0]), None)
+
+
+def _product(space: SearchSpace, work: Workload, limits: SearchLimits) -> Layouts:
+    """The full grid as a table, without duplicates, sorted by `AXES`."""
+    shape = work.shape
+    tp = space.tp or _divisors(work.gpus_per_node)
+    pp = space.pp or tuple(d for d in _divisors(shape.num_layers) if d <= work.gpus)
+    cp = space.cp or _auto_cp(work, limits)
+    mbs = space.mbs or tuple(m for m in limits.mbs if m <= work.gbs)
+    blocks = []
+    for stages in sorted(set(pp)):
+        # What a stage holds decides which numbers of chunks and recomputed layers make sense.
+        for chunks in sorted(set(space.vpp or _auto_vpp(shape.num_layers, stages))):
+            layers = max(1, shape.num_layers // (stages * chunks))
+            recompute = sorted(set(_recompute_pairs(space, layers, limits)))
+            grid = np.meshgrid(
+                np.unique(tp), [stages], [chunks], np.unique(cp), np.unique(mbs), range(len(recompute)), indexing="ij"
+            )
+            pairs = np.array(recompute, dtype=np.int64)[grid[5].ravel()]
+            blocks.append(np.column_stack([*(axis.ravel() for axis in grid[:5]), pairs]))
+    rows = np.concatenate(blocks).astype(np.int64)
+    rows = rows[np.lexsort(rows.T[::-1])]
+    return Layouts(**{axis: rows[:, i].copy() for i, axis in enumerate(AXES)})
+
+
+def _auto_vpp(num_layers: int, pp: int) -> tuple[int, ...]:
+    if pp == 1 or num_layers % pp:
+        return (1,)
+    return _divisors(num_layers // pp)
+
+
+def _auto_cp(work: Workload, limits: SearchLimits) -> tuple[int, ...]:
+    """Powers of two that leave each rank enough tokens to be worth the exchange."""
+    sizes = [1]
+    while work.shape.seq_length // (2 * sizes[-1]) >= limits.min_tokens_per_cp_rank and 2 * sizes[-1] <= work.gpus:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
+def _recompute_pairs(space: SearchSpace, layers: int, limits: SearchLimits) -> list[tuple[int, int]]:
+    """(mode, layer count) for stages (or virtual stages) of `layers` layers."""
+    wanted = space.recompute or (
+        (Recompute.NONE, None),
+        (Recompute.SELECTIVE, None),
+        (Recompute.UNIFORM, None),
+        (Recompute.BLOCK, None),
+    )
+    pairs: list[tuple[int, int]] = []
+    for mode, count in wanted:
+        if not mode.is_full:
+            pairs.append((mode, 0))
+        elif count is not None:
+            pairs.append((mode, count))
+        elif mode is Recompute.UNIFORM:
+            pairs.append((mode, 1))
+        else:  # fractions of the stage, all of it being the same as uniform-1
+            counts = {round(fraction * layers) for fraction in limits.block_fractions}
+            pairs += [(mode, n) for n in counts if 1 <= n < layers]
+    return pairs
+
+
+def _divisors(n: int) -> tuple[int, ...]:
+    return tuple(d for d in range(1, n + 1) if n % d == 0)
+
+
+def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
+    """Why a layout cannot start: the reason, and the rows that break it. The order is that of blame.
+
+    Each is a refusal of Megatron-core 0.16 (or an endless or senseless run) that is cheaper to foresee.
+    """
+    shape = work.shape
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    dp = np.maximum(1, work.gpus // t.gpus_per_replica)
+    microbatches = np.maximum(1, work.gbs // (t.mbs * dp))
+    layers_per_chunk = np.maximum(1, shape.num_layers // (t.pp * t.vpp))
+    tokens_per_cp_rank = shape.seq_length // t.cp
+    uniform, block = t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK
+    return [
+        (f"tp does not divide the {heads} attention heads", heads % t.tp != 0),
+        (f"tp does not divide the {groups} query groups", groups % t.tp != 0),
+        (f"tp does not divide ffn_hidden_size {shape.ffn_hidden_size}", shape.ffn_hidden_size % t.tp != 0),
+        (f"tp reaches over a node of {work.gpus_per_node} GPUs", work.gpus_per_node % t.tp != 0),
+        (f"tp·pp·cp does not divide the {work.gpus} GPUs", work.gpus % t.gpus_per_replica != 0),
+        (f"pp·vpp does not divide the {shape.num_layers} layers", shape.num_layers % (t.pp * t.vpp) != 0),
+        ("a virtual pipeline needs pp > 1", (t.vpp > 1) & (t.pp == 1)),
+        (f"2·cp does not divide the sequence of {shape.seq_length}", (t.cp > 1) & (shape.seq_length % (2 * t.cp) != 0)),
+        ("context parallelism needs flash attention", (t.cp > 1) & (not work.flash_attention)),
+        (
+            "tp does not divide a rank's part of the sequence (sequence parallelism)",
+            work.sequence_parallel & (t.tp > 1) & (tokens_per_cp_rank % t.tp != 0),
+        ),
+        (f"mbs·dp does not divide the global batch of {work.gbs}", work.gbs % (t.mbs * dp) != 0),
+        ("pp does not divide the microbatches of an interleaved schedule", (t.vpp > 1) & (microbatches % t.pp != 0)),
+        ("a recompute layer count below 1", t.recompute_num_layers < np.where(uniform | block, 1, 0)),
+        (
+            "uniform recomputation in chunks that do not divide a stage's layers",
+            uniform & (layers_per_chunk % np.maximum(1, t.recompute_num_layers) != 0),
+        ),
+        (
+            "block recomputation of all of a stage's layers or more (the same as uniform-1)",
+            block & (t.recompute_num_layers >= layers_per_chunk),
+        ),
+    ]

@@ -28,7 +28,7 @@ class InputError(HptoolError):
         self.problems: Sequence[str] = problems
 
 
-class NoFeasibleLayout(HptoolError):
+class NoFeasibleLayout(HptoolError):  # noqa: N818 (what it is, not that it is an error)
     """No layout passes the static checks: the message counts the reasons and says what would help."""
 
     exit_code = 3

@@ -98,9 +98,10 @@ def parse(document: Any, kind: type[T], source: str) -> T:
         # Through JSON, because only there does strict mode take a list for a tuple.
         value = TypeAdapter(kind).validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
-        problems += [f"{source}: {line}" for line in _validation_lines(error, kind)]
+        problems += [f"{source}: {line}" for line in _validation_lines(error)]
+        raise InputError(*dict.fromkeys(problems)) from error
     if problems:
-        raise InputError(*dict.fromkeys(problems))
+        raise InputError(*problems)
     return value
 
 
@@ -114,7 +115,7 @@ def parse_json(text: str, kind: Any, source: str) -> Any:
     try:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
-        raise InputError(*(f"{source}: {line}" for line in _validation_lines(error, None))) from error
+        raise InputError(*(f"{source}: {line}" for line in _validation_lines(error))) from error
 
 
 def nearest(word: str, allowed: Sequence[str]) -> str:
@@ -135,7 +136,7 @@ def _unknown_keys(document: Mapping[Any, Any], kind: Any, prefix: str = "") -> I
             yield from _unknown_keys(value, nested, f"{prefix}{key}.")
 
 
-def _validation_lines(error: ValidationError, kind: Any) -> Iterator[str]:
+def _validation_lines(error: ValidationError) -> Iterator[str]:
     for item in error.errors(include_url=False):
         if item["type"] == "unexpected_keyword_argument":  # already reported, with the nearest name
             continue
@@ -148,7 +149,6 @@ def _validation_lines(error: ValidationError, kind: Any) -> Iterator[str]:
         else:
             allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
             yield f"{where}: {item['input']!r} given, allowed is {allowed}"
-    del kind
 
 
 def apply_overrides(document: Any, overrides: Sequence[str], source: str) -> Any:
@@ -161,15 +161,16 @@ def apply_overrides(document: Any, overrides: Sequence[str], source: str) -> Any
             problems.append(f"{source}: {override!r}: an override is written key.key=value")
             continue
         value = parse_yaml(text, f"{source}: {path}")
-        document = _replaced(document, keys, value)
+        document = with_value(document, keys, value)
     if problems:
         raise InputError(*problems)
     return document
 
 
-def _replaced(document: Any, keys: Sequence[str], value: Any) -> Any:
+def with_value(document: Any, keys: Sequence[str], value: Any) -> Any:
+    """`document` with the value at the path `keys` set; the original stays as it was."""
     base = dict(document) if isinstance(document, Mapping) else {}
-    base[keys[0]] = value if len(keys) == 1 else _replaced(base.get(keys[0]), keys[1:], value)
+    base[keys[0]] = value if len(keys) == 1 else with_value(base.get(keys[0]), keys[1:], value)
     return base
 
 

@@ -1,0 +1,56 @@
+# make demo   set up, then a real search on this machine without a GPU
+# make test   set up, then all tests (installs and starts a development Slurm; needs root for that)
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_RESULTS ?= results/demo
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test lint format slurm-up slurm-down clean
+
+demo: $(VENV)/.worker
+	@echo "make demo: measuring 6 layouts of a tiny GPT-3 on two processes; about a minute"
+	$(BIN)/hptool search-train --model gpt3/tiny --cluster local --results $(DEMO_RESULTS) --resume \
+	  --tp 1,2 --pp 1,2 --vpp 1 --cp 1 --mbs 1,2 --recompute none \
+	  --limit-search-runs 6 --max-steps-per-run 20 --max-minutes-per-run 2
+
+test: $(VENV)/.dev
+	@echo "make test: unit, numerics, local and Slurm tests; about 8 minutes on two cores"
+	$(BIN)/python -m pytest
+
+# What CI checks before the tests.
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+slurm-up:
+	@cluster/dev-slurm/up
+
+slurm-down:
+	@cluster/dev-slurm/down
+
+clean: slurm-down
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "hptool needs Python 3.11 or newer; set PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "making $(VENV) failed; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.worker: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing hptool, torch and megatron-core into $(VENV); about a minute"
+	@$(PIP) --editable '.[worker]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.worker
+	@echo "installing what tests and linters need; some 20 seconds"
+	@$(PIP) --editable '.[worker,dev]'
+	@touch $@

@@ -1,0 +1,5 @@
+"""`python -m hptool`."""
+
+from hptool.cli import main
+
+main()

@@ -1,0 +1,157 @@
+"""The commands: they parse, call and print. The only print and the only exit code."""
+
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from hptool import __version__
+from hptool.candidates import Recompute, SearchSpace
+from hptool.errors import HptoolError, InputError, LaunchError
+
+#: What a shell expects of a command that a signal ended.
+_SIGNALLED = 128
+
+
+class _Integers(click.ParamType[Any]):
+    """`1,2,4`, or `auto` for None."""
+
+    name = "list|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value == "auto":
+            return None
+        if not re.fullmatch(r"\d+(,\d+)*", value):
+            self.fail(f"{value!r} given, allowed is auto or whole numbers such as 1,2,4", param, ctx)
+        return tuple(int(word) for word in value.split(","))
+
+
+class _RecomputeModes(click.ParamType[Any]):
+    """`none,selective,full`, `uniform-N`, `block-N`, or `auto` for None."""
+
+    name = "list|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value == "auto":
+            return None
+        modes: list[tuple[Recompute, int | None]] = []
+        for word in value.split(","):
+            match = re.fullmatch(r"(none|selective|full)|(uniform|block)(?:-(\d+))?", word)
+            if match is None:
+                self.fail(f"{word!r} given, allowed is auto, none, selective, full, uniform[-N], block[-N]", param, ctx)
+            plain, method, count = match.groups()
+            if plain == "full":
+                modes += [(Recompute.UNIFORM, None), (Recompute.BLOCK, None)]
+            elif plain:
+                modes.append((Recompute[plain.upper()], None))
+            else:
+                modes.append((Recompute[method.upper()], int(count) if count else None))
+        return tuple(modes)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hptool")
+def main() -> None:
+    """Find the fastest way to train a language model on the GPUs that you have."""
+
+
+_EXAMPLES = """\b
+Examples:
+  hptool search-train --model gpt3/tiny --cluster local --limit-search-runs 6
+  hptool search-train --model gpt3/5b --cluster dgx-a100 --nodes 16 --tp 1,2,4 --dry-run
+  hptool search-train --model my.yaml --cluster my-cluster.yaml trainer.precision=bf16
+"""
+
+
+@main.command("search-train", epilog=_EXAMPLES)
+@click.option("--model", required=True, help="A preset such as gpt3/126m, or the path of a NeMo-Megatron YAML config.")
+@click.option("--cluster", required=True, help="A profile such as local or dgx-a100, or the path of one.")
+@click.option("--nodes", type=int, help="Nodes of the full training.  [default: all of the profile]")
+@click.option("--limit-search-runs", type=int, default=10, show_default=True, help="Layouts to measure at most.")
+@click.option(
+    "--max-minutes-per-run", type=float, default=20.0, show_default=True, help="A longer run is killed as a timeout."
+)
+@click.option("--max-steps-per-run", type=int, default=50, show_default=True, help="Steps of a run, warm-up included.")
+@click.option("--output-top-n", type=int, default=10, show_default=True, help="Layouts in the terminal table.")
+@click.option("--tp", type=_Integers(), default="auto", show_default=True, help="Tensor parallel sizes.")
+@click.option("--pp", type=_Integers(), default="auto", show_default=True, help="Pipeline parallel sizes.")
+@click.option("--vpp", type=_Integers(), default="auto", show_default=True, help="Virtual pipeline sizes; 1 is none.")
+@click.option("--cp", type=_Integers(), default="auto", show_default=True, help="Context parallel sizes.")
+@click.option("--mbs", type=_Integers(), default="auto", show_default=True, help="Micro batch sizes.")
+@click.option(
+    "--recompute",
+    type=_RecomputeModes(),
+    default="auto",
+    show_default=True,
+    help="Activation checkpointing: none, selective, full, uniform-N, block-N.",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Directory of this search.  [default: results/MODEL-CLUSTER-NODESn]",
+)
+@click.option("--dry-run", is_flag=True, help="Rank and write everything, launch nothing.")
+@click.option("--resume", is_flag=True, help="Go on with the search in that directory; start it where there is none.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def search_train_command(as_json: bool, output_top_n: int, overrides: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Search for the fastest layout to train a model with.
+
+    Enumerates the layouts, predicts memory and step time of each, times the best as jobs, and reports the winner.
+    KEY=VALUE overrides any key of the config.
+    """
+    space = SearchSpace(**{axis: options.pop(axis) for axis in ("tp", "pp", "vpp", "cp", "mbs", "recompute")})
+    _terminate_like_ctrl_c()
+    try:
+        if output_top_n < 1:
+            raise InputError(f"--output-top-n: {output_top_n} given, allowed is 1 or more")
+        # Here and not above, because pandas and submitit take a second that --help should not cost.
+        from rich.console import Console  # noqa: PLC0415
+
+        from hptool import report, search  # noqa: PLC0415
+
+        request = search.SearchRequest(space=space, overrides=overrides, **options)
+        made, directory = search.search_train(request, _say)
+        if as_json:
+            click.echo(json.dumps(report.as_json(made, directory), indent=2))
+        else:
+            report.print_table(made, Console(highlight=False), output_top_n)
+            click.echo(f"report: {directory / 'report.html'}")
+        if made.winner is None and not request.dry_run:
+            raise LaunchError(f"{report.why_nothing_ran(made)} See {directory / 'report.html'}")
+    except HptoolError as error:
+        _fail(error)
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        click.echo("hptool: interrupted; --resume goes on from here", err=True)
+        sys.exit(_SIGNALLED + number)
+
+
+def _say(message: str) -> None:
+    click.echo(f"hptool: {message}", err=True)
+
+
+def _fail(error: HptoolError) -> NoReturn:
+    for line in str(error).splitlines():
+        click.echo(f"hptool: error: {line}", err=True)
+    sys.exit(error.exit_code)
+
+
+def _terminate_like_ctrl_c() -> None:
+    """SIGTERM and SIGHUP clean up as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        raise KeyboardInterrupt(number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)

@@ -1,0 +1,367 @@
+"""Launchers: hand runs to a scheduler, ask how they are, cancel them. Slurm and local processes, both by submitit.
+
+Jobs are never asked for a result: the worker writes its own outcome files, and a launcher only knows whether a job
+still lives. Job states come from Slurm's queue first and from its accounting second, because submitit's own watcher
+asks accounting alone and waits for ever without it.
+"""
+
+import contextlib
+import os
+import shlex
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import submitit
+from submitit.core.utils import FailedJobError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from hptool.errors import LaunchError
+from hptool.facts import Cluster
+from hptool.measurement import FailureKind
+from hptool.units import SECONDS_PER_MINUTE
+from hptool.worker.supervisor import NodeJob, run_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One timed run of one layout: `nodes` whole nodes, a limit of its own, its files in `directory`."""
+
+    name: str
+    directory: Path
+    nodes: int
+    max_minutes: float
+
+
+class JobState(StrEnum):
+    """Where a job stands. Pending and running may change; the others are final."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    ENDED = "ended"
+    LOST = "lost"  # the scheduler does not know it any more, or never will run it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """A job's state, the scheduler's own words, and the kind of failure they mean if no outcome file is found."""
+
+    state: JobState
+    detail: str = ""
+    meaning: FailureKind = FailureKind.CRASH
+
+
+class Launcher(Protocol):
+    """The seam to a scheduler. Every call returns within a minute."""
+
+    #: How many runs may be under way at once; None leaves it to the scheduler.
+    slots: int | None
+    #: Seconds between two looks at the jobs.
+    poll_s: float
+
+    def submit(self, runs: Sequence[Run]) -> list[str]:
+        """Start the runs; a job id for each. Raises LaunchError with the scheduler's own words."""
+
+    def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """The state of each job."""
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """End the jobs; when this returns none of them runs any more, or LaunchError says which may."""
+
+    def log_path(self, job_id: str) -> Path:
+        """Where the job's own output goes, beside the logs of its ranks."""
+
+
+#: Importing torch and megatron-core and shutting down take time that is not the run's; the scheduler's limit is the
+#: run's plus this, so that the supervisor inside the job ends it first and says why.
+_SCHEDULER_MARGIN_MINUTES = 3
+
+
+def launcher(cluster: Cluster, folder: Path) -> Launcher:
+    """The launcher for a cluster; submission scripts and job logs go into `folder`."""
+    fresh = folder / uuid.uuid4().hex[:8]  # submitit names files by job id, and ids can come round again
+    return SlurmLauncher(cluster, fresh) if cluster.scheduler == "slurm" else LocalLauncher(cluster, fresh)
+
+
+def _node_job(run: Run, cluster: Cluster, owner_pid: int | None) -> NodeJob:
+    return NodeJob(
+        config_path=str(run.directory / "config.yaml"),
+        run_directory=str(run.directory),
+        max_minutes=run.max_minutes,
+        memory_gib_per_rank=cluster.gpu.memory_gib if cluster.gpu.device == "cpu" else None,
+        owner_pid=owner_pid,
+        environment=dict(cluster.environment),
+    )
+
+
+class LocalLauncher:
+    """Runs as processes of this machine, one at a time, because they share its devices."""
+
+    slots: int | None = 1
+    poll_s = 0.2
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self._cluster = cluster
+        self._folder = folder
+        self._jobs: dict[str, submitit.Job[None]] = {}
+
+    def submit(self, runs: Sequence[Run]) -> list[str]:
+        """As `Launcher.submit`."""
+        executor = submitit.LocalExecutor(self._folder)
+        ids = []
+        for run in runs:
+            executor.update_parameters(
+                timeout_min=run.max_minutes + _SCHEDULER_MARGIN_MINUTES,
+                tasks_per_node=1,
+                gpus_per_node=self._cluster.gpus_per_node if self._cluster.gpu.device == "cuda" else 0,
+                stderr_to_stdout=True,
+            )
+            job = executor.submit(run_node, _node_job(run, self._cluster, os.getpid()))
+            self._jobs[job.job_id] = job
+            ids.append(job.job_id)
+        return ids
+
+    def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """As `Launcher.status`; a job of another process is lost, for it ended with that process."""
+        found = {}
+        for job_id in job_ids:
+            job = self._jobs.get(job_id)
+            if job is None:
+                detail = "its search is gone and took it along"
+                found[job_id] = JobStatus(state=JobState.LOST, detail=detail, meaning=FailureKind.LOST)
+            elif job.done():
+                found[job_id] = JobStatus(state=JobState.ENDED, detail="its processes ended without an outcome")
+            else:
+                found[job_id] = JobStatus(state=JobState.RUNNING)
+        return found
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """As `Launcher.cancel`."""
+        mine = [self._jobs[i] for i in job_ids if i in self._jobs]
+        for job in mine:
+            job.cancel()
+        deadline = time.monotonic() + 15
+        while left := [job.job_id for job in mine if not job.done()]:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"local jobs {', '.join(left)} (process ids) did not end within 15 s of their cancel")
+            time.sleep(0.05)
+
+    def log_path(self, job_id: str) -> Path:
+        """As `Launcher.log_path`."""
+        return self._folder / f"{job_id}_0_log.out"
+
+
+# ---------------------------------------------------------------- Slurm
+
+_ACTIVE = frozenset(
+    "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED PREEMPTED".split()  # noqa: SIM905
+)
+_WAITING = frozenset("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT".split())  # noqa: SIM905
+
+#: Reasons of a pending job that will never start as it was asked for (Slurm accepts such jobs).
+_NEVER = frozenset(
+    "PartitionNodeLimit PartitionTimeLimit DependencyNeverSatisfied BadConstraints QOSMaxGRESPerUser "  # noqa: SIM905
+    "QOSMaxNodePerJobLimit QOSMaxWallDurationPerJobLimit AssocMaxNodePerJobLimit".split()
+)
+
+#: What a final state of Slurm means where the worker could not say it itself.
+_MEANING = {
+    "OUT_OF_MEMORY": FailureKind.OOM,
+    "TIMEOUT": FailureKind.TIMEOUT,
+    "DEADLINE": FailureKind.TIMEOUT,
+    "CANCELLED": FailureKind.LOST,
+    "NODE_FAIL": FailureKind.LOST,
+    "BOOT_FAIL": FailureKind.LOST,
+    "PREEMPTED": FailureKind.LOST,
+    "REVOKED": FailureKind.LOST,
+}
+
+_COMMAND_TIMEOUT_S = 30
+_UNKNOWN_PATIENCE_S = 10
+
+
+def slurm_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
+    """What `sbatch` is asked for, in submitit's names."""
+    options = cluster.slurm
+    extra: dict[str, Any] = {
+        # submitit asks for USR2 before the limit, which a short job gets at its very start; SIGCONT to the batch
+        # shell does nothing.
+        "signal": "B:CONT@1",
+        # A run is repeated by hptool or not at all: a silent second copy would spoil the first one's files.
+        "no-requeue": True,
+        **options.extra_options,
+    }
+    parameters: dict[str, Any] = {
+        "job_name": "hptool",
+        "partition": options.partition,
+        "account": options.account,
+        "qos": options.qos,
+        "constraint": options.constraint,
+        "exclusive": options.exclusive or None,
+        "nodes": run.nodes,
+        # One supervisor a node; it starts the node's ranks.
+        "ntasks_per_node": 1,
+        "cpus_per_task": options.cpus_per_gpu * cluster.gpus_per_node,
+        "gpus_per_node": cluster.gpus_per_node if cluster.gpu.device == "cuda" else None,
+        "mem": f"{options.mem_gib_per_node}G" if options.mem_gib_per_node else None,
+        "time": int(-(-run.max_minutes // 1)) + _SCHEDULER_MARGIN_MINUTES,
+        "array_parallelism": options.array_parallelism,
+        "stderr_to_stdout": True,
+        # A node whose supervisor gives up takes the other nodes down with it, at once.
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "setup": list(options.setup) or None,
+        "additional_parameters": extra,
+    }
+    # submitit would mark every job with a workload key, which sites that track those refuse.
+    return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
+
+
+def batch_script(run: Run, cluster: Cluster, folder: Path) -> str:
+    """The script that `submit` would hand to sbatch for this run alone."""
+    command = shlex.join(["python", "-u", "-m", "submitit.core._submit", str(folder)])
+    return str(_make_sbatch_string(command=command, folder=folder, **slurm_parameters(run, cluster)))
+
+
+class SlurmLauncher:
+    """Runs as Slurm jobs: one array for all runs of a shape, one `srun` each."""
+
+    slots: int | None = None
+    poll_s = 2.0
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self._cluster = cluster
+        self._folder = folder
+        self._ended: dict[str, JobStatus] = {}
+        self._missing_since: dict[str, float] = {}
+        self._has_accounting = True
+
+    def submit(self, runs: Sequence[Run]) -> list[str]:
+        """As `Launcher.submit`."""
+        if shutil.which("sbatch") is None or shutil.which("srun") is None:
+            raise LaunchError("sbatch: not found on this machine; run hptool where Slurm's commands are installed")
+        ids: dict[str, str] = {}
+        for _, group in groupby(sorted(runs, key=_shape), key=_shape):
+            same = list(group)
+            jobs = [_node_job(run, self._cluster, None) for run in same]
+            executor = submitit.SlurmExecutor(self._folder)
+            executor.update_parameters(**slurm_parameters(same[0], self._cluster))
+            with _refusals(self._folder):
+                submitted = executor.map_array(run_node, jobs)
+            ids |= {run.name: job.job_id for run, job in zip(same, submitted, strict=True)}
+        return [ids[run.name] for run in runs]
+
+    def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
+        """As `Launcher.status`: one `squeue` for all, `sacct` for those that the queue has forgotten."""
+        ask = [i for i in job_ids if i not in self._ended]
+        found = {i: self._ended[i] for i in job_ids if i in self._ended}
+        if not ask:
+            return found
+        queue = _slurm("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%r")
+        if queue.returncode:  # the controller is away: judge nothing, the jobs go on without it
+            detail = f"Slurm does not answer: {_last_line(queue.stderr)}"
+            return found | dict.fromkeys(ask, JobStatus(state=JobState.PENDING, detail=detail))
+        rows = [line.split("|", 2) for line in queue.stdout.splitlines() if line.count("|") >= 2]  # noqa: PLR2004
+        known = {job_id: (state, reason) for job_id, state, reason in rows}
+        accounted = self._accounting([i for i in ask if i not in known])
+        for job_id in ask:
+            state, reason = known.get(job_id) or accounted.get(job_id) or ("", "")
+            status = self._judge(job_id, state, reason)
+            found[job_id] = status
+            if status.state in (JobState.ENDED, JobState.LOST):
+                self._ended[job_id] = status
+        return found
+
+    def _judge(self, job_id: str, state: str, reason: str) -> JobStatus:
+        if state in _WAITING:
+            if reason in _NEVER:
+                self._scancel([job_id])
+                detail = f"Slurm will never start it ({reason})"
+                return JobStatus(state=JobState.LOST, detail=detail, meaning=FailureKind.REJECTED)
+            return JobStatus(state=JobState.PENDING, detail=f"{state} ({reason})")
+        if state in _ACTIVE:
+            self._missing_since.pop(job_id, None)
+            return JobStatus(state=JobState.RUNNING, detail=state)
+        if state:
+            word = state.partition(" ")[0].rstrip("+")
+            detail = f"Slurm ended job {job_id}: {state}{f' ({reason})' if reason not in ('', 'None') else ''}"
+            return JobStatus(state=JobState.ENDED, detail=detail, meaning=_MEANING.get(word, FailureKind.CRASH))
+        since = self._missing_since.setdefault(job_id, time.monotonic())
+        if time.monotonic() - since < _UNKNOWN_PATIENCE_S:
+            return JobStatus(state=JobState.RUNNING, detail="neither in squeue nor in sacct")
+        detail = f"Slurm does not know job {job_id} any more"
+        return JobStatus(state=JobState.LOST, detail=detail, meaning=FailureKind.LOST)
+
+    def _accounting(self, job_ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+        if not job_ids or not self._has_accounting:
+            return {}
+        answer = _slurm("sacct", "-X", "-n", "-P", "-S", "now-30days", "-o", "JobID,State", "-j", ",".join(job_ids))
+        if answer.returncode:
+            self._has_accounting = "accounting storage is disabled" not in answer.stderr
+            return {}
+        rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == 1]
+        # The database may still call a job running that the controller has forgotten.
+        return {job_id: (state, "") for job_id, state in rows if state.split()[0] not in _ACTIVE | _WAITING}
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """As `Launcher.cancel`."""
+        self._scancel(job_ids)
+        deadline = time.monotonic() + 60
+        while True:
+            states = self.status(job_ids)
+            left = [i for i, s in states.items() if s.state in (JobState.PENDING, JobState.RUNNING)]
+            if not left:
+                return
+            if time.monotonic() > deadline:
+                raise LaunchError(f"jobs {', '.join(left)} may still run 60 s after scancel; see squeue --me")
+            time.sleep(0.5)
+
+    def _scancel(self, job_ids: Sequence[str]) -> None:
+        if job_ids:
+            _slurm("scancel", *job_ids)
+
+    def log_path(self, job_id: str) -> Path:
+        """As `Launcher.log_path`."""
+        return self._folder / f"{job_id}_0_log.out"
+
+
+def _shape(run: Run) -> tuple[int, float]:
+    return run.nodes, run.max_minutes
+
+
+@contextlib.contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """A refusal by sbatch as a LaunchError in Slurm's own words, without the files that submitit leaves behind then."""
+    try:
+        yield
+    except FailedJobError as error:
+        for pattern in ("*.pkl", ".submission_file_*.sh"):
+            for path in folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        said = [line.strip() for line in str(error).splitlines() if "error:" in line or "sbatch:" in line]
+        raise LaunchError("\n".join(said) or f"sbatch failed: {_last_line(str(error))}") from error
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # noqa: S603 (fixed programs, arguments are ids that Slurm gave)
+            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"{command[0]} gave no answer in {_COMMAND_TIMEOUT_S} s")
+    except OSError as error:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]}: {error.strerror}")
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]
+
+
+#: How long past its limit a running job is left to its supervisor and its scheduler before hptool cancels it.
+OVERDUE_S = (_SCHEDULER_MARGIN_MINUTES + 2) * SECONDS_PER_MINUTE

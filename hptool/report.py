@@ -1,0 +1,293 @@
+"""Outcomes and predictions as what people read: a terminal table, an HTML page, a CSV, and the winning config."""
+
+import dataclasses
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from hptool import __version__, files
+from hptool.candidates import Layout, Rejection
+from hptool.facts import Cluster
+from hptool.measurement import Failure, Measurement
+from hptool.predict import Predictions
+from hptool.predict.flops import MODEL_FLOPS_CONVENTION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One layout that ran: what was expected of this run and what came of it."""
+
+    layout: Layout
+    nodes: int
+    gpus: int
+    gbs: int
+    predicted_step_time_s: float
+    predicted_model_tflops_per_gpu: float
+    predicted_memory_gib: float
+    log_path: str
+    measurement: Measurement | None = None
+    failure: Failure | None = None
+
+    @property
+    def error_pct(self) -> float | None:
+        """How much longer the step was expected to take than it took, in percent of what it took."""
+        if self.measurement is None:
+            return None
+        return 100 * (self.predicted_step_time_s / self.measurement.step_time_s - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is predicted of one layout on the whole cluster."""
+
+    layout: Layout
+    step_time_s: float
+    model_tflops_per_gpu: float
+    memory_gib: float
+    p_fit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that the readers of a search see. `rows` are ranked: measured by throughput, then failures."""
+
+    model: str
+    num_parameters: int
+    cluster: Cluster
+    nodes: int
+    gbs: int
+    seq_length: int
+    precision: str
+    peak_tflops: float
+    candidates: int
+    rejections: Sequence[Rejection]
+    rows: Sequence[Row]
+    planned_runs: int
+    predictions: Predictions
+    notes: Sequence[str]
+    optimal_path: str | None
+    train_command: str | None
+
+    @property
+    def measured(self) -> Sequence[Row]:
+        """Rows with a measurement, fastest first."""
+        return [row for row in self.rows if row.measurement]
+
+    @property
+    def failed(self) -> Sequence[Row]:
+        """Rows that gave none."""
+        return [row for row in self.rows if row.failure]
+
+    @property
+    def expected(self) -> Sequence[Expected]:
+        """The best predicted layouts for the whole cluster, best first; those that were or would be run."""
+        p = self.predictions
+        return [
+            Expected(
+                layout=p.layouts.row(int(i)),
+                step_time_s=float(p.step_time_s[i]),
+                model_tflops_per_gpu=float(p.model_tflops_per_gpu[i]),
+                memory_gib=float(p.memory_gib[i]),
+                p_fit=float(p.p_fit[i]),
+            )
+            for i in p.ranking()[: self.planned_runs]
+        ]
+
+    @property
+    def winner(self) -> Row | None:
+        """The measured row with the highest throughput."""
+        return next(iter(self.measured), None)
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Measured rows by throughput, ties by layout; behind them the failures by layout."""
+
+    def key(row: Row) -> tuple[bool, float, Layout]:
+        rate = row.measurement.model_tflops_per_gpu if row.measurement else 0.0
+        return row.measurement is None, -rate, row.layout
+
+    return sorted(rows, key=key)
+
+
+def why_nothing_ran(report: Report) -> str | None:
+    """The reason for which there is no winner; None where there is one."""
+    if report.winner:
+        return None
+    if not report.rows:
+        return "No layout was run."
+    kinds: dict[str, int] = {}
+    for row in report.failed:
+        assert row.failure  # noqa: S101 (what `failed` means)
+        kinds[row.failure.kind.value] = kinds.get(row.failure.kind.value, 0) + 1
+    counted = ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))
+    return f"All {len(report.rows)} runs failed: {counted}."
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table_rows(report: Report) -> list[dict[str, Any]]:
+    """One mapping a run, keyed by field name with units: the content of report.csv and of --json."""
+    found = []
+    for rank, row in enumerate(report.rows, start=1):
+        m, layout = row.measurement, row.layout
+        found.append(
+            {
+                "rank": rank if m else None,
+                "name": layout.name,
+                "outcome": "measured" if m else (row.failure.kind.value if row.failure else None),
+                "tp": layout.tp,
+                "pp": layout.pp,
+                "vpp": layout.vpp,
+                "cp": layout.cp,
+                "dp": row.gpus // layout.gpus_per_replica,
+                "mbs": layout.mbs,
+                "recompute": layout.recompute_label,
+                "nodes": row.nodes,
+                "gpus": row.gpus,
+                "gbs": row.gbs,
+                "step_time_s": m.step_time_s if m else None,
+                "predicted_step_time_s": row.predicted_step_time_s,
+                "model_tflops_per_gpu": m.model_tflops_per_gpu if m else None,
+                "predicted_model_tflops_per_gpu": row.predicted_model_tflops_per_gpu,
+                "mfu": m.model_tflops_per_gpu / report.peak_tflops if m else None,
+                "tokens_per_s_per_gpu": m.tokens_per_s_per_gpu if m else None,
+                "peak_memory_gib": m.peak_memory_gib if m else None,
+                "predicted_memory_gib": row.predicted_memory_gib,
+                "steps": len(m.step_times_s) if m else None,
+                "message": row.failure.message if row.failure else None,
+                "log_path": row.log_path,
+            }
+        )
+    return found
+
+
+def predictions_csv(predictions: Predictions) -> str:
+    """Every candidate with its prediction and the parts of it, best first."""
+    layouts = predictions.layouts.rows()
+    columns: dict[str, Any] = {
+        "name": [x.name for x in layouts],
+        **{axis: [getattr(x, axis) for x in layouts] for axis in ("tp", "pp", "vpp", "cp", "mbs")},
+        "recompute": [x.recompute_label for x in layouts],
+        "predicted_step_time_s": predictions.step_time_s,
+        "predicted_model_tflops_per_gpu": predictions.model_tflops_per_gpu,
+        "predicted_tokens_per_s_per_gpu": predictions.tokens_per_s_per_gpu,
+        "predicted_memory_gib": predictions.memory_gib,
+        "predicted_p_fit": predictions.p_fit,
+    }
+    for part in (predictions.step_time, predictions.memory):
+        columns |= {f"predicted_{f.name}": getattr(part, f.name) for f in fields(part)}
+    return str(pd.DataFrame(columns).iloc[predictions.ranking()].to_csv(index=False, float_format="%.6g"))
+
+
+def write(report: Report, directory: Path) -> None:
+    """`report.html` and `report.csv` in the search's directory."""
+    frame = pd.DataFrame(table_rows(report))
+    files.write_text(directory / "report.csv", frame.to_csv(index=False, float_format="%.6g"))
+    files.write_text(directory / "report.html", html(report))
+
+
+def html(report: Report) -> str:
+    """A self-contained page."""
+    template = importlib.resources.files("hptool").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        report=report,
+        rows=table_rows(report),
+        nothing=why_nothing_ran(report),
+        convention=MODEL_FLOPS_CONVENTION,
+        version=__version__,
+    )
+
+
+def print_table(report: Report, console: Console, top: int) -> None:
+    """The answer in 80 columns: the best `top` layouts, failures, rejections, and what to do with the winner."""
+    unit = "TFLOPS/GPU" if report.cluster.gpu.device == "cuda" else "TFLOPS/rank"
+    table = Table(title=f"{report.model} on {report.nodes} × {report.cluster.name}", title_justify="left", box=None)
+    table.add_column("#", justify="right")
+    table.add_column("layout", no_wrap=True)
+    for heading in ("step s", "predicted", unit, "MFU", "GiB"):
+        table.add_column(heading, justify="right")
+    for rank, row in enumerate(report.measured[:top], start=1):
+        m = row.measurement
+        assert m  # noqa: S101 (what `measured` means)
+        table.add_row(
+            str(rank),
+            row.layout.name,
+            f"{m.step_time_s:.4g}",
+            f"{row.predicted_step_time_s:.4g}",
+            f"{m.model_tflops_per_gpu:.4g}",
+            f"{m.model_tflops_per_gpu / report.peak_tflops:.0%}",
+            f"{m.peak_memory_gib:.2f}",
+        )
+    if report.measured:
+        console.print(table)
+    elif not report.rows:
+        console.print(_expected_table(report, top, unit))
+    for row in report.failed:
+        assert row.failure  # noqa: S101 (what `failed` means)
+        console.print(f"failed: {row.layout.name}: {row.failure.kind.value}: {row.failure.message}", soft_wrap=True)
+        console.print(f"  log: {row.log_path}", soft_wrap=True)
+    rejected = sum(r.count for r in report.rejections)
+    console.print(f"{report.candidates} layouts could start, {rejected} could not:")
+    for rejection in report.rejections:
+        console.print(f"  {rejection.count:>6} {rejection.reason}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if nothing := why_nothing_ran(report):
+        console.print(nothing)
+    elif report.winner:
+        console.print(f"winner: {report.winner.layout.name}", style="bold", soft_wrap=True)
+        console.print(f"  config: {report.optimal_path}", soft_wrap=True)
+        console.print(f"  train:  {report.train_command}", soft_wrap=True)
+
+
+def _expected_table(report: Report, top: int, unit: str) -> Table:
+    table = Table(title=f"{report.model} on {report.nodes} × {report.cluster.name}, predicted", title_justify="left")
+    table.box = None
+    table.add_column("#", justify="right")
+    table.add_column("layout", no_wrap=True)
+    for heading in ("step s", unit, "GiB", "fits"):
+        table.add_column(heading, justify="right")
+    for rank, row in enumerate(report.expected[:top], start=1):
+        values = (
+            f"{row.step_time_s:.4g}",
+            f"{row.model_tflops_per_gpu:.4g}",
+            f"{row.memory_gib:.2f}",
+            f"{row.p_fit:.0%}",
+        )
+        table.add_row(str(rank), row.layout.name, *values)
+    return table
+
+
+def as_json(report: Report, directory: Path) -> Mapping[str, Any]:
+    """The same answer for programs."""
+    return {
+        "model": report.model,
+        "cluster": report.cluster.name,
+        "nodes": report.nodes,
+        "gpus": report.nodes * report.cluster.gpus_per_node,
+        "num_parameters": report.num_parameters,
+        "model_flops_convention": MODEL_FLOPS_CONVENTION,
+        "winner": report.winner.layout.name if report.winner else None,
+        "optimal_config": report.optimal_path,
+        "train_command": report.train_command,
+        "reason": why_nothing_ran(report),
+        "runs": table_rows(report),
+        "predicted": [{"name": x.layout.name, **_without_layout(x)} for x in report.expected],
+        "candidates": report.candidates,
+        "rejections": [dataclasses.asdict(r) for r in report.rejections],
+        "notes": list(report.notes),
+        "results": str(directory),
+    }
+
+
+def _without_layout(expected: Expected) -> dict[str, Any]:
+    return {f.name: getattr(expected, f.name) for f in fields(expected) if f.name != "layout"}
