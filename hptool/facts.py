@@ -76,7 +76,6 @@ class SlurmOptions:
     exclusive: bool = False
     mem_gib_per_node: int | None = None
     cpus_per_gpu: int = 1
-    gpus_per_node_flag: bool = True
     array_parallelism: int = 8
     setup: tuple[str, ...] = ()
     extra_options: Mapping[str, str | int | bool] = field(default_factory=dict)

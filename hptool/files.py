@@ -262,8 +262,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """One whole line at the end of the file, on disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line.rstrip("\n") + "\n")
+    """One whole line at the end of the file, on disk when this returns; a torn line before it stays a line."""
+    with path.open("ab+") as file:
+        torn = False
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + line.rstrip("\n").encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,6 +1,6 @@
 """What a run leaves behind: a measurement, or a failure with its reason."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
@@ -38,9 +38,9 @@ class Measurement:
     read: "max allocated" by the device's allocator, or "max resident" of the process.
     """
 
-    step_times_s: Sequence[float]
+    step_times_s: tuple[float, ...]
     warmup_steps: int
-    losses: Sequence[float]
+    losses: tuple[float, ...]
     peak_memory_gib: float
     memory_kind: str
     gpus: int

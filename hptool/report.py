@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,22 +232,23 @@ def print_table(report: Report, console: Console, top: int) -> None:
         console.print(table)
     elif not report.rows:
         console.print(_expected_table(report, top, unit))
+    say = partial(console.print, soft_wrap=True, markup=False)
     for row in report.failed:
         assert row.failure  # noqa: S101 (what `failed` means)
-        console.print(f"failed: {row.layout.name}: {row.failure.kind.value}: {row.failure.message}", soft_wrap=True)
-        console.print(f"  log: {row.log_path}", soft_wrap=True)
+        say(f"failed: {row.layout.name}: {row.failure.kind.value}: {row.failure.message}")
+        say(f"  log: {row.log_path}")
     rejected = sum(r.count for r in report.rejections)
-    console.print(f"{report.candidates} layouts could start, {rejected} could not:")
+    say(f"{report.candidates} layouts could start, {rejected} could not{':' if rejected else '.'}")
     for rejection in report.rejections:
-        console.print(f"  {rejection.count:>6} {rejection.reason}", soft_wrap=True)
+        say(f"  {rejection.count:>6} {rejection.reason}")
     for note in report.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        say(f"note: {note}")
     if nothing := why_nothing_ran(report):
-        console.print(nothing)
+        say(nothing)
     elif report.winner:
-        console.print(f"winner: {report.winner.layout.name}", style="bold", soft_wrap=True)
-        console.print(f"  config: {report.optimal_path}", soft_wrap=True)
-        console.print(f"  train:  {report.train_command}", soft_wrap=True)
+        say(f"winner: {report.winner.layout.name}", style="bold")
+        say(f"  config: {report.optimal_path}")
+        say(f"  train:  {report.train_command}")
 
 
 def _expected_table(report: Report, top: int, unit: str) -> Table:

@@ -39,6 +39,10 @@ class OutcomeRecord:
     measurement: Measurement | None = None
     failure: Failure | None = None
 
+    def __post_init__(self) -> None:
+        if (self.measurement is None) == (self.failure is None):
+            raise ValueError("measurement, failure: both or neither given, allowed is one of them")
+
     @property
     def outcome(self) -> Outcome:
         """The measurement or the failure."""

@@ -24,6 +24,7 @@ from hptool.facts import Cluster
 from hptool.measurement import Failure, FailureKind, Measurement, Outcome
 from hptool.predict import Predictions, predict
 from hptool.results import OutcomeRecord, ResultsDirectory, Submission
+from hptool.worker.refusals import refuse_missing_framework
 
 Say = Callable[[str], None]
 
@@ -86,6 +87,8 @@ def search_train(request: SearchRequest, say: Say) -> tuple[report.Report, Path]
     Raises InputError, NoFeasibleLayout or LaunchError; a failed run is no error but a row of the report.
     """
     plan = make_plan(request)
+    if not request.dry_run:
+        refuse_missing_framework()
     results = ResultsDirectory(plan.directory)
     results.begin(plan.document(), resume=request.resume)
     _write_plan(plan, results, say)

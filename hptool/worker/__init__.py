@@ -1,0 +1,16 @@
+"""What runs in a job: one supervisor a node, and the ranks it forks. The only place that imports torch and megatron.
+
+__main__     the command: train from a config, as a node's supervisor or as one rank of torchrun
+supervisor   `run_node`: forks the node's ranks, watches them, ends them; imports torch and megatron late
+processes    forking a rank, its limits and its log; the heartbeat
+nodes        which node of the job this is, and where the ranks meet
+outcome      measurement.json, or the one failure that came first
+rank         one rank from the process group to its outcome
+training     the loop and its clock
+optimizer    data parallelism, Adam and the learning rate
+model        a BaseConfig as Megatron's config and model
+attention    core attention and norm that need neither Transformer Engine nor Apex
+initialise   weights that do not depend on the layout, for tests
+data         synthetic or tokenised samples, the same for every layout
+cpu          stand-ins that let Megatron-core run without CUDA
+"""

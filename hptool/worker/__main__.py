@@ -1,0 +1,100 @@
+"""`python -m hptool.worker CONFIG.yaml`: trains from a NeMo-Megatron config as it stands, and measures it.
+
+Under torchrun (RANK and WORLD_SIZE are set) this is one rank. Otherwise it is the node's supervisor and starts
+`trainer.devices` ranks; with several nodes, start one task a node with srun.
+"""
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from hptool import files
+from hptool.base_config import BaseConfig
+from hptool.errors import InputError
+from hptool.measurement import Measurement
+from hptool.units import SECONDS_PER_MINUTE
+from hptool.worker import outcome, supervisor
+from hptool.worker.nodes import this_node
+from hptool.worker.processes import Heartbeats
+from hptool.worker.refusals import refuse_impossible
+
+
+@click.command()
+@click.argument("config_path", metavar="CONFIG.yaml")
+@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@click.option(
+    "--output",
+    default=".",
+    metavar="DIR",
+    help="Where measurement.json or failure-rankN.json and the ranks' logs go.  [default: here]",
+)
+def main(config_path: str, overrides: tuple[str, ...], output: str) -> None:
+    """Train from CONFIG.yaml (NeMo-Megatron's keys) on this node's devices, and time it."""
+    try:
+        document = files.apply_overrides(files.read_yaml(Path(config_path)), overrides, config_path)
+        config = files.parse(document, BaseConfig, config_path)
+        refuse_impossible(config, config_path)
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            code = _run_as_one_rank(config, Path(output))
+        else:
+            code = _supervise(config, config_path, Path(output))
+    except InputError as error:
+        click.echo(error, err=True)
+        code = error.exit_code
+    sys.exit(code)
+
+
+def _supervise(config: BaseConfig, config_path: str, directory: Path) -> int:
+    node = this_node(config.trainer.num_nodes)
+    max_minutes = _minutes(config.trainer.max_time)
+    job = supervisor.NodeJob(config_path=config_path, run_directory=str(directory), max_minutes=max_minutes)
+    click.echo(f"{config.trainer.devices} ranks on this node; their logs: {directory / 'logs'}", err=True)
+    try:
+        supervisor.run_ranks(config, job, node)
+    except supervisor.RunFailedError as failure:
+        click.echo(failure, err=True)
+        return 1
+    if node.index == 0:
+        path = directory / outcome.MEASUREMENT
+        measured = files.parse_json(files.read_text(path), Measurement, str(path))
+        click.echo(
+            f"{path}: {measured.step_time_s:.4g} s a step, {measured.tokens_per_s_per_gpu:,.0f} tokens/s a GPU, "
+            f"{measured.peak_memory_gib:.2f} GiB {measured.memory_kind}"
+        )
+    return 0
+
+
+def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != config.gpus:
+        raise InputError(
+            f"WORLD_SIZE: {world_size} given, allowed is trainer.num_nodes · trainer.devices ({config.gpus})"
+        )
+    rank_module = supervisor.load_framework(config.trainer.accelerator)
+    place = rank_module.Place(
+        rank=int(os.environ["RANK"]),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        world_size=world_size,
+        directory=directory,
+    )
+    if place.rank == 0:
+        outcome.clear(directory)
+    return int(rank_module.run_rank(config, place, Heartbeats(place.local_rank + 1)))
+
+
+def _minutes(max_time: str | None) -> float:
+    """Lightning's DD:HH:MM:SS; without limit where there is none."""
+    if max_time is None:
+        return math.inf
+    try:
+        days, hours, minutes, seconds = (int(part) for part in max_time.split(":"))
+    except ValueError as error:
+        raise InputError(f"trainer.max_time: {max_time!r} given, allowed is DD:HH:MM:SS") from error
+    return ((days * 24 + hours) * 60 + minutes) + seconds / SECONDS_PER_MINUTE
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m hptool.worker")

@@ -1,0 +1,116 @@
+"""How a run ends on disk: `measurement.json`, or the one failure that came first. Knows neither torch nor megatron."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from hptool import files
+from hptool.errors import InputError
+from hptool.measurement import Failure, FailureKind, Measurement
+
+MEASUREMENT = "measurement.json"
+PROGRESS = "progress.json"
+
+#: Which failure was first. A hard link to it can be made once only, also over NFS and Lustre.
+_FIRST = ".first-failure"
+
+#: How allocators say that there is no more: CUDA's, cuBLAS', the C++ library's, torch's on a CPU, the kernel's.
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "bad_alloc",
+    "can't allocate memory",
+    "Cannot allocate memory",
+)
+
+#: What a rank says when another one went away: never the cause.
+_PEER_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "failed to recv, got 0 bytes",
+    "ncclRemoteError",
+    "remote process exit",
+)
+
+_MESSAGE_LIMIT = 500
+
+
+def log_path(directory: Path, rank: int) -> Path:
+    """Where a rank's stdout and stderr go."""
+    return directory / "logs" / f"rank-{rank}.log"
+
+
+def clear(directory: Path) -> None:
+    """Forgets an earlier attempt in this directory, so that a requeued job cannot be judged by it."""
+    for path in (*directory.glob("failure-rank*.json"), *(directory / x for x in (MEASUREMENT, PROGRESS, _FIRST))):
+        path.unlink(missing_ok=True)
+
+
+def is_measured(directory: Path) -> bool:
+    """The run has its numbers; whatever goes wrong afterwards does not matter."""
+    return (directory / MEASUREMENT).exists()
+
+
+def write_measurement(directory: Path, measurement: Measurement) -> None:
+    """The numbers of the run; written by one rank only."""
+    files.write_text(directory / MEASUREMENT, files.json_text(measurement))
+
+
+def record_failure(directory: Path, failure: Failure) -> Failure:
+    """Writes `failure-rankN.json`, unless a failure was first; answers the one that was.
+
+    Ranks and supervisors of all nodes may call this at once. What the loser brought follows from what the winner
+    saw, and is in its log.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    first = directory / _FIRST
+    handle, aside = tempfile.mkstemp(dir=directory, prefix=".failure.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(files.json_text(failure))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).chmod(0o644)
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, first)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    # The winner may have died between link and this line: so everyone publishes the first, not their own.
+    text = files.read_text(first)
+    winner: Failure = files.parse_json(text, Failure, str(first))
+    published = directory / f"failure-rank{winner.rank or 0}.json"
+    if not published.exists():
+        files.write_text(published, text)
+    return winner
+
+
+def has_failed(directory: Path) -> bool:
+    """Some rank or supervisor has recorded a failure."""
+    return (directory / _FIRST).exists()
+
+
+def speaks_of_memory(text: str) -> bool:
+    """An allocator's complaint is in the text."""
+    return any(words.lower() in text.lower() for words in _OUT_OF_MEMORY)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """The error only says that another rank is gone."""
+    return any(words in str(error) for words in _PEER_LOST)
+
+
+def failure_of(error: BaseException, rank: int, log: Path | None) -> Failure:
+    """What an exception of a rank means for the run."""
+    text = str(error)
+    # By name, because torch.OutOfMemoryError cannot be imported here.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or speaks_of_memory(text):
+        kind = FailureKind.OOM
+    elif isinstance(error, InputError | FloatingPointError):
+        kind = FailureKind.INVALID
+    else:
+        kind = FailureKind.CRASH
+    message = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+    return Failure(kind=kind, message=message[:_MESSAGE_LIMIT], rank=rank, log_path=str(log) if log else None)

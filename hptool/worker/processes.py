@@ -1,0 +1,139 @@
+"""Ranks as forked processes: their limits, their log, their end, and the memory that shows they are alive."""
+
+import contextlib
+import ctypes
+import faulthandler
+import mmap
+import os
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from hptool.units import GIB
+
+_PR_SET_PDEATHSIG: Final = 1
+
+#: A rank answers this signal with the stacks of its threads, in its log.
+SHOW_STACKS: Final = signal.SIGUSR1
+
+
+class Heartbeats:
+    """Counters in memory shared with forked ranks: beats (any progress) and finished steps of each.
+
+    A file would do as well, but a hang must be told from a slow file system.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._cells = memoryview(mmap.mmap(-1, 2 * 8 * ranks)).cast("q")
+
+    def beat(self, local_rank: int) -> None:
+        """A microbatch went by."""
+        self._cells[2 * local_rank] += 1
+
+    def finish_step(self, local_rank: int) -> None:
+        """A whole step is done."""
+        self._cells[2 * local_rank + 1] += 1
+
+    def steps(self, local_rank: int) -> int:
+        """Steps that this rank has finished."""
+        return self._cells[2 * local_rank + 1]
+
+    def snapshot(self) -> tuple[int, ...]:
+        """All counters; equal to an earlier snapshot where nothing has moved since."""
+        return tuple(self._cells)
+
+
+def fork_rank(run: Callable[[], int], *, log: Path) -> int:
+    """Starts `run` in a child process, which ends with the exit code it returns; answers the child's id.
+
+    The child dies with its parent, whatever ends that.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or os.getppid() != parent:
+            os._exit(code)
+        _become_rank(log)
+        code = run()
+    except BaseException:  # noqa: BLE001 (nothing of the parent's may run in the child)
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _become_rank(log: Path) -> None:
+    # The supervisor decides about ^C; submitit's handlers of TERM and USR2 were meant for it alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", errors="replace", closefd=False)
+    faulthandler.enable(file=2)
+    faulthandler.register(SHOW_STACKS, file=2, all_threads=True)
+
+
+def limit_memory(gib: float) -> None:
+    """From now on this process cannot have more than about `gib` resident: allocations beyond fail, as on a GPU.
+
+    RLIMIT_DATA counts what is reserved, not what is resident. The difference as it stands is mostly the untouched
+    stacks of some fifty threads of gloo's, 8 MiB each: it is added, since only what comes on top will be touched.
+    """
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    reserved, resident = (int(status[key].split()[0]) * 1024 for key in ("VmData", "VmRSS"))
+    limit = int(gib * GIB) + max(0, reserved - resident)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def send(child: int, signum: int) -> None:
+    """A signal to a child that may be gone already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signum)
+
+
+class Process:
+    """Somebody else's process, told from a later one with the same id by its start time."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._started = self._start_time()
+
+    def is_gone(self) -> bool:
+        """It has ended; a zombie counts as ended."""
+        started = self._start_time()
+        return started is None or started != self._started
+
+    def _start_time(self) -> str | None:
+        """Of /proc/PID/stat, whose second field may hold blanks but ends with the last parenthesis; see proc(5)."""
+        try:
+            stat = Path(f"/proc/{self._pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        fields = stat.rpartition(")")[2].split()
+        state, start_time = fields[0], fields[19]
+        return None if state in "ZX" else start_time
+
+
+def oom_kills() -> int:
+    """How many processes the kernel of this machine has killed for memory so far; 0 where it does not say."""
+    try:
+        counters = Path("/proc/vmstat").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in counters.splitlines() if line.startswith("oom_kill ")), 0)

@@ -1,0 +1,226 @@
+"""One rank of the training, from the process group to its outcome."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+
+import hptool
+from hptool.base_config import BaseConfig
+from hptool.errors import InputError
+from hptool.measurement import Measurement
+from hptool.predict.flops import MODEL_FLOPS_CONVENTION, model_flops_per_step
+from hptool.units import GIB, TERA
+from hptool.worker import cpu, outcome
+from hptool.worker.model import attention_name
+from hptool.worker.nodes import Meeting
+from hptool.worker.processes import Heartbeats, limit_memory
+from hptool.worker.training import StepReport, Training
+
+#: Megatron's own trainer spaces the seeds of pipeline stages so, or every stage would draw the same weights.
+_SEED_STRIDE = 100
+
+#: How long a rank waits, when all it knows is that a peer is gone, for that peer's own words or its supervisor's.
+_ROOT_CAUSE_S = 20.0
+
+_PROGRESS_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which rank this is, where it writes, and what it may have.
+
+    It meets the others at `meeting`, or where torchrun's environment says. `memory_gib` is a hard limit for CPU ranks.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    directory: Path
+    log: Path | None = None
+    meeting: Meeting | None = None
+    memory_gib: float | None = None
+
+
+def run_rank(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> int:
+    """Trains, and leaves a measurement or a failure; answers the exit code of the process."""
+    try:
+        _run(config, place, heartbeats)
+    except Exception as error:  # noqa: BLE001 (whatever it is, it ends this run and must be told)
+        traceback.print_exc()
+        if outcome.is_lost_peer(error):
+            deadline = time.monotonic() + _ROOT_CAUSE_S
+            while time.monotonic() < deadline and not outcome.has_failed(place.directory):
+                time.sleep(0.1)
+        outcome.record_failure(place.directory, outcome.failure_of(error, place.rank, place.log))
+        return 1
+    return 0
+
+
+def _run(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
+    device = join(config, place)
+    if place.memory_gib is not None and device.type == "cpu":
+        limit_memory(place.memory_gib)
+    try:
+        training = Training(config, device, beat=lambda: heartbeats.beat(place.local_rank))
+        reports = _train(config, training, place, heartbeats)
+    except (AssertionError, ValueError) as error:
+        if heartbeats.steps(place.local_rank) > 0:
+            raise
+        # Before a step has gone through, this is how Megatron says that it does not support a config.
+        raise InputError(f"Megatron-core refuses this config: {error}") from error
+    peak = _peak_memory_gib(device)
+    if place.rank == 0:
+        outcome.write_measurement(place.directory, _measurement(config, reports, peak, device))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def join(config: BaseConfig, place: Place) -> torch.device:
+    """Opens this rank's device, joins the others, cuts the process group by the layout, and seeds the generators."""
+    device = _open_device(config, place)
+    _meet(config, place)
+    layout = config.layout
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        create_gloo_process_groups=False,
+    )
+    seed = config.model.seed + _SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return device
+
+
+def _open_device(config: BaseConfig, place: Place) -> torch.device:
+    if config.trainer.accelerator == "cpu":
+        torch.set_num_threads(1)
+        cpu.drive_megatron_rng()
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found <= place.local_rank:
+        raise InputError(
+            f"trainer.devices: {config.trainer.devices} given, allowed are the {found} CUDA devices that torch sees "
+            "on this node (or set trainer.accelerator: cpu)"
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _meet(config: BaseConfig, place: Place) -> None:
+    backend = "gloo" if config.trainer.accelerator == "cpu" else "nccl"
+    if place.meeting is None:
+        torch.distributed.init_process_group(backend)
+        return
+    listener = place.meeting.listener
+    if listener is not None and place.rank > 0:
+        os.close(listener)  # or it would outlive rank 0, and the others would wait for answers
+        listener = None
+    store = torch.distributed.TCPStore(  # type: ignore[attr-defined]  # torch re-exports it without saying so
+        place.meeting.host,
+        place.meeting.port,
+        place.world_size,
+        is_master=place.rank == 0,
+        timeout=timedelta(minutes=5),
+        master_listen_fd=listener,
+    )
+    torch.distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+
+
+def _train(config: BaseConfig, training: Training, place: Place, heartbeats: Heartbeats) -> list[StepReport]:
+    reports = []
+    told = 0.0
+    for step in range(config.trainer.max_steps):
+        report = training.step(step)
+        heartbeats.finish_step(place.local_rank)
+        reports.append(report)
+        if place.rank == 0:
+            print(f"step {step + 1} of {config.trainer.max_steps}: loss {report.loss:.6f}, {report.time_s:.4f} s")  # noqa: T201 (the log)
+            if time.monotonic() - told > _PROGRESS_INTERVAL_S or step + 1 == config.trainer.max_steps:
+                told = time.monotonic()
+                _tell_progress(config, place.directory, step, report)
+    return reports
+
+
+def _tell_progress(config: BaseConfig, directory: Path, step: int, report: StepReport) -> None:
+    """For those who watch; no one waits for it, so it is not forced to disk."""
+    tokens_per_s = config.model.global_batch_size * config.shape.seq_length / report.time_s
+    progress = {"step": step + 1, "of": config.trainer.max_steps, "tokens_per_s": tokens_per_s, "loss": report.loss}
+    aside = directory / f".{outcome.PROGRESS}"
+    aside.write_text(json.dumps(progress), encoding="utf-8")
+    aside.replace(directory / outcome.PROGRESS)
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    """Of the fullest rank, as `_memory_kind` names it."""
+    if device.type == "cuda":
+        own = float(torch.cuda.max_memory_allocated(device))
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    peak = torch.tensor(own, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+    return float(peak) / GIB
+
+
+def _measurement(config: BaseConfig, reports: list[StepReport], peak_gib: float, device: torch.device) -> Measurement:
+    warmup = warmup_steps(config.trainer.max_steps)
+    times = [report.time_s for report in reports[warmup:]]
+    shape, gbs, gpus = config.shape, config.model.global_batch_size, config.gpus
+    model_flops = model_flops_per_step(shape, gbs)
+    return Measurement(
+        step_times_s=tuple(times),
+        warmup_steps=warmup,
+        losses=tuple(report.loss for report in reports),
+        peak_memory_gib=peak_gib,
+        memory_kind="max allocated" if device.type == "cuda" else "max resident",
+        gpus=gpus,
+        gbs=gbs,
+        seq_length=shape.seq_length,
+        model_flops_per_step=model_flops,
+        model_flops_convention=MODEL_FLOPS_CONVENTION,
+        model_tflops_per_gpu=model_flops / median(times) / gpus / TERA,
+        tokens_per_s_per_gpu=gbs * shape.seq_length / median(times) / gpus,
+        num_parameters=shape.num_parameters,
+        device=_device_name(device),
+        precision=config.precision,
+        attention=attention_name(config),
+        versions=_versions(device),
+    )
+
+
+def warmup_steps(max_steps: int) -> int:
+    """Steps that are not timed: caches fill, kernels are chosen, communicators connect."""
+    return min(5, max(1, max_steps // 4))
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "hptool": hptool.__version__, "torch": torch.__version__}
+    for package in ("megatron-core", "transformer-engine"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]  # as above
+    return versions

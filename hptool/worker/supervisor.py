@@ -1,0 +1,274 @@
+"""A node's supervisor: forks the node's ranks, watches them, and ends them all when one goes wrong.
+
+Importing this module loads neither torch nor Megatron-core; `run_node` does, once for all ranks of the node.
+"""
+
+import logging
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import NoReturn
+
+from hptool import files
+from hptool.base_config import BaseConfig
+from hptool.errors import InputError
+from hptool.measurement import Failure, FailureKind
+from hptool.units import GIB, SECONDS_PER_MINUTE
+from hptool.worker import outcome, processes
+from hptool.worker.nodes import Meeting, Node, listen, this_node
+from hptool.worker.refusals import refuse_impossible, refuse_missing_framework
+
+_LOG = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+
+#: How long ranks may differ in leaving: interpreters and communicators take their time to go.
+_LEAVING_S = 10.0
+
+#: How long a rank that SIGTERM ended waits for the supervisor's own: schedulers send it to all, in any order.
+_CANCEL_S = 1.0
+
+#: For the ranks to write their stacks before they are killed.
+_STACKS_S = 1.0
+
+#: How long killed ranks may take to go.
+_END_S = 30.0
+
+#: Part of a rank's memory limit beyond which a SIGKILL was for memory.
+_NEARLY_ALL = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJob:
+    """What one node has to run, and its limits.
+
+    `memory_gib_per_rank` is a hard limit, for CPU ranks. When the process `owner_pid` is gone, so is the run.
+    `hang_s` is how long no rank may finish a microbatch once the first step is done. `environment` is set before
+    anything is loaded.
+    """
+
+    config_path: str
+    run_directory: str
+    max_minutes: float
+    memory_gib_per_rank: float | None = None
+    owner_pid: int | None = None
+    hang_s: float = 300.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class RunFailedError(RuntimeError):
+    """The run gave no measurement; what went wrong first is in `failure-rankN.json`."""
+
+
+def run_node(job: NodeJob) -> None:
+    """Runs this node's ranks to the end of the training.
+
+    Returns when `measurement.json` is there. Raises RunFailedError or InputError with a failure recorded; SystemExit
+    (143, 130) without one when the run was cancelled by SIGTERM or SIGINT, or its owner is gone.
+    """
+    os.environ.update(job.environment)
+    directory = Path(job.run_directory)
+    try:
+        config = files.read(Path(job.config_path), BaseConfig)
+        refuse_impossible(config, job.config_path)
+        node = this_node(config.trainer.num_nodes)
+    except InputError as error:
+        outcome.clear(directory)  # on every node, but all come to this same end
+        outcome.record_failure(directory, outcome.failure_of(error, 0, None))
+        raise
+    run_ranks(config, job, node)
+
+
+def run_ranks(config: BaseConfig, job: NodeJob, node: Node) -> None:
+    """As `run_node`, of a config that has been read. InputError where torch or Megatron-core is missing."""
+    directory = Path(job.run_directory)
+    with _cancelled_by_signals():
+        if node.index == 0:
+            outcome.clear(directory)
+        devices = config.trainer.devices
+        watch = _Watch(
+            directory=directory, job=job, first_rank=node.index * devices, heartbeats=processes.Heartbeats(devices)
+        )
+        try:
+            rank_module = load_framework(config.trainer.accelerator)
+        except InputError as error:
+            outcome.record_failure(directory, outcome.failure_of(error, watch.first_rank, None))
+            raise
+        try:
+            _fork_ranks(watch, rank_module, config, node)
+            failure = watch.until_done()
+            if failure is not None:
+                first = outcome.record_failure(directory, failure)
+                raise RunFailedError(f"{first.kind}: {first.message}")
+        finally:
+            watch.end_ranks()
+
+
+def load_framework(accelerator: str) -> ModuleType:
+    """`hptool.worker.rank` with torch and Megatron-core behind it, ready for `accelerator`; CUDA stays untouched.
+
+    Everything here must be safe to do before a fork: no thread is started and no device is opened.
+    """
+    refuse_missing_framework()
+    if accelerator == "cpu":
+        os.environ.update(
+            CUDA_VISIBLE_DEVICES="",  # ranks on the CPU must not open a GPU that happens to be there
+            OMP_NUM_THREADS="1",  # a rank is a core; read by OpenMP when torch is loaded
+        )
+        from hptool.worker import cpu  # noqa: PLC0415 (imports torch)
+
+        cpu.stand_in_for_cuda()
+    # Megatron's overlaps rely on kernels being queued in the order of their launch; read when CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with warnings.catch_warnings():
+        # What runs instead is known: it is the reason for attention.py, and the measurement names it.
+        warnings.filterwarnings("ignore", message=".*not installed.*")
+        from hptool.worker import rank  # noqa: PLC0415 (imports torch and megatron)
+    return rank
+
+
+def _fork_ranks(watch: "_Watch", rank_module: ModuleType, config: BaseConfig, node: Node) -> None:
+    listener = listen() if node.count == 1 else None
+    port = listener.getsockname()[1] if listener else node.port
+    if config.trainer.accelerator == "cpu" and node.count == 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo asks for the address of the host's name
+    meeting = Meeting(host=node.first_host, port=port, listener=listener.fileno() if listener else None)
+    for local_rank in range(config.trainer.devices):
+        rank = watch.first_rank + local_rank
+        place = rank_module.Place(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=config.gpus,
+            directory=watch.directory,
+            log=outcome.log_path(watch.directory, rank),
+            meeting=meeting,
+            memory_gib=watch.job.memory_gib_per_rank,
+        )
+        child = processes.fork_rank(partial(rank_module.run_rank, config, place, watch.heartbeats), log=place.log)
+        watch.ranks[child] = rank
+    if listener:
+        listener.close()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Watch:
+    """The node's ranks while they run: `ranks` holds those alive, by process."""
+
+    directory: Path
+    job: NodeJob
+    first_rank: int
+    heartbeats: processes.Heartbeats
+    ranks: dict[int, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+    oom_kills: int = field(default_factory=processes.oom_kills)
+    first_left: float | None = None
+
+    def until_done(self) -> Failure | None:
+        """Waits until all ranks have left or one thing is wrong; None where the measurement is there."""
+        owner = processes.Process(self.job.owner_pid) if self.job.owner_pid is not None else None
+        seen, moved = self.heartbeats.snapshot(), time.monotonic()
+        while self.ranks:
+            time.sleep(_POLL_S)
+            if (failure := self._reap()) is not None:
+                return failure
+            if owner is not None and owner.is_gone():
+                _LOG.warning("the process that owns this run is gone: ending it")
+                raise SystemExit(128 + signal.SIGTERM)
+            now = time.monotonic()
+            if (snapshot := self.heartbeats.snapshot()) != seen:
+                seen, moved = snapshot, now
+            if self.first_left is not None and now - self.first_left > _LEAVING_S:
+                break
+            if now - self.started > self.job.max_minutes * SECONDS_PER_MINUTE:
+                return self._stuck(FailureKind.TIMEOUT, f"not done after {self.job.max_minutes:g} minutes")
+            if now - moved > self.job.hang_s and self.heartbeats.steps(0) > 0:
+                return self._stuck(FailureKind.HANG, f"no rank has finished a microbatch for {self.job.hang_s:g} s")
+        if outcome.is_measured(self.directory):
+            return None
+        running = f" while ranks {sorted(self.ranks.values())} still ran" if self.ranks else ""
+        return self._failure(FailureKind.CRASH, f"ranks left without a measurement{running}", self.first_rank)
+
+    def end_ranks(self) -> None:
+        """Kills the ranks that are still there, and waits for their end. Signals no longer disturb."""
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+        for child in self.ranks:
+            processes.send(child, signal.SIGKILL)
+        # A process that a driver holds cannot be waited for; the scheduler has to deal with it.
+        deadline = time.monotonic() + _END_S
+        while self.ranks and time.monotonic() < deadline:
+            for child in list(self.ranks):
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    del self.ranks[child]
+            time.sleep(_POLL_S / 10)
+
+    def _reap(self) -> Failure | None:
+        """Takes note of ranks that have left; a failure where one did not leave by itself and in peace."""
+        for child, rank in list(self.ranks.items()):
+            pid, status, usage = os.wait4(child, os.WNOHANG)
+            if pid == 0:
+                continue
+            del self.ranks[child]
+            code = os.waitstatus_to_exitcode(status)
+            if code == 0 or outcome.is_measured(self.directory):
+                self.first_left = self.first_left or time.monotonic()
+            elif code > 0:
+                return self._failure(self._kind_of_log(rank), f"rank {rank} ended with exit code {code}", rank)
+            else:
+                return self._killed(rank, signal.Signals(-code), usage.ru_maxrss * 1024)
+        return None
+
+    def _killed(self, rank: int, signum: signal.Signals, peak_bytes: int) -> Failure:
+        if signum == signal.SIGTERM:
+            time.sleep(_CANCEL_S)  # our own SIGTERM may be on its way; its handler ends this
+        limit = self.job.memory_gib_per_rank
+        for_memory = signum == signal.SIGKILL and (
+            processes.oom_kills() > self.oom_kills or (limit is not None and peak_bytes > _NEARLY_ALL * limit * GIB)
+        )
+        kind = FailureKind.OOM if for_memory else self._kind_of_log(rank)
+        peak = f", at {peak_bytes / GIB:.2f} GiB resident" if kind is FailureKind.OOM else ""
+        return self._failure(kind, f"rank {rank} was killed by {signum.name}{peak}", rank)
+
+    def _kind_of_log(self, rank: int) -> FailureKind:
+        """A C++ library that finds no memory ends the process, and says so in the log only."""
+        try:
+            end = outcome.log_path(self.directory, rank).read_text(encoding="utf-8", errors="replace")[-4000:]
+        except OSError:
+            return FailureKind.CRASH
+        return FailureKind.OOM if outcome.speaks_of_memory(end) else FailureKind.CRASH
+
+    def _stuck(self, kind: FailureKind, message: str) -> Failure:
+        """A failure that blames the rank that is furthest behind, with everyone's stacks in their logs."""
+        for child in self.ranks:
+            processes.send(child, processes.SHOW_STACKS)
+        time.sleep(_STACKS_S)
+        pairs = list(zip(self.heartbeats.snapshot()[::2], self.heartbeats.snapshot()[1::2], strict=True))
+        behind = min(range(len(pairs)), key=lambda i: pairs[i])
+        done = min(steps for _, steps in pairs)
+        text = f"{message} ({done} steps finished); the stacks of all threads are in the logs"
+        return self._failure(kind, text, self.first_rank + behind)
+
+    def _failure(self, kind: FailureKind, message: str, rank: int) -> Failure:
+        return Failure(kind=kind, message=message, rank=rank, log_path=str(outcome.log_path(self.directory, rank)))
+
+
+@contextmanager
+def _cancelled_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGINT raise SystemExit with the shell's exit code for them."""
+
+    def cancel(signum: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + signum)
+
+    previous = {signum: signal.signal(signum, cancel) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,40 @@
+"""What tests share: published data, and configs of a tiny model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hptool import files
+from hptool.base_config import BaseConfig, Preset, render
+from hptool.facts import Cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """`training.csv` of published runs: the whole table where it is at hand, else the committed part of it."""
+    whole = ROOT.parent / "shared" / "truth" / "training.csv"
+    return whole if whole.is_file() else ROOT / "tests" / "data" / "korthikanti.csv"
+
+
+@pytest.fixture(scope="session")
+def local() -> Cluster:
+    """The profile of two CPU ranks."""
+    return files.read_cluster("local")
+
+
+@pytest.fixture(scope="session")
+def dgx_a100() -> Cluster:
+    """The profile of 128 nodes of 8 A100 80GB."""
+    return files.read_cluster("dgx-a100")
+
+
+def preset_config(name: str, cluster: Cluster, nodes: int, **overrides: Any) -> BaseConfig:
+    """The config of `gpt3/NAME`; overrides are given with `__` for the dots."""
+    directory = files.data_directory("base_configs")
+    preset = files.read(directory / "gpt3" / f"{name}.yaml", Preset)
+    text = render((directory / "gpt3.yaml.j2").read_text(), preset, cluster, nodes)
+    words = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return files.parse(files.apply_overrides(files.parse_yaml(text, name), words, "override"), BaseConfig, name)

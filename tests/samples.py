@@ -1,0 +1,81 @@
+"""Measurements, failures and reports to test with."""
+
+from pathlib import Path
+
+from hptool import files
+from hptool.candidates import Layout, Rejection, SearchSpace, enumerate_layouts
+from hptool.measurement import Failure, FailureKind, Measurement
+from hptool.predict import predict
+from hptool.report import Report, Row, ranked
+from tests.conftest import preset_config
+from tests.test_candidates import LIMITS
+
+
+def measurement(step_time_s: float = 0.5, tflops: float = 0.01) -> Measurement:
+    """Three steps around a median."""
+    return Measurement(
+        step_times_s=(step_time_s * 1.1, step_time_s, step_time_s * 0.9),
+        warmup_steps=2,
+        losses=(6.3, 6.2, 6.1, 6.0, 5.9),
+        peak_memory_gib=0.4,
+        memory_kind="max resident",
+        gpus=2,
+        gbs=8,
+        seq_length=128,
+        model_flops_per_step=1e10,
+        model_flops_convention="as tested",
+        model_tflops_per_gpu=tflops,
+        tokens_per_s_per_gpu=1024 / step_time_s,
+        num_parameters=925_056,
+        device="a CPU",
+        precision="fp32",
+        attention="torch sdpa",
+        versions={"torch": "2.13.0"},
+    )
+
+
+def row(layout: Layout, outcome: Measurement | Failure) -> Row:
+    """A run of this layout that ended so."""
+    return Row(
+        layout=layout,
+        nodes=1,
+        gpus=2,
+        gbs=8,
+        predicted_step_time_s=0.45,
+        predicted_model_tflops_per_gpu=0.011,
+        predicted_memory_gib=0.41,
+        log_path=f"runs/{layout.name}/logs",
+        measurement=outcome if isinstance(outcome, Measurement) else None,
+        failure=outcome if isinstance(outcome, Failure) else None,
+    )
+
+
+def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
+    """A search of the tiny GPT-3 on two CPU ranks with these runs."""
+    cluster = files.read_cluster("local")
+    config = preset_config("tiny", cluster, 1)
+    candidates = enumerate_layouts(SearchSpace(tp=(1, 2), pp=(1, 2), mbs=(1, 2)), config.workload, LIMITS)
+    winner = next((r for r in ranked(rows) if r.measurement), None)
+    return Report(
+        model="gpt3_tiny",
+        num_parameters=config.shape.num_parameters,
+        cluster=cluster,
+        nodes=1,
+        gbs=8,
+        seq_length=128,
+        precision="fp32",
+        peak_tflops=0.095,
+        candidates=len(candidates.layouts),
+        rejections=(Rejection(reason="tp·pp·cp does not divide the 2 GPUs", count=2, example="tp2-pp2"),),
+        rows=ranked(rows),
+        planned_runs=4,
+        predictions=predict(candidates.layouts, config.workload, cluster),
+        notes=notes,
+        optimal_path=str(Path("results/demo/optimal.yaml")) if winner else None,
+        train_command="python -m hptool.worker results/demo/optimal.yaml" if winner else None,
+    )
+
+
+def failure(kind: FailureKind = FailureKind.OOM, message: str = "out of memory") -> Failure:
+    """A failure of rank 1."""
+    return Failure(kind=kind, rank=1, message=message, log_path="runs/x/logs/rank-1.log")

@@ -1,0 +1,156 @@
+"""Layouts: each legal one once, each illegal one counted, checked against rules written out one by one."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hptool import files
+from hptool.candidates import (
+    Layout,
+    Layouts,
+    Recompute,
+    SearchLimits,
+    SearchSpace,
+    Workload,
+    enumerate_layouts,
+    refusal,
+)
+from tests.test_facts import shape
+
+LIMITS = files.read(Path(files.data_directory("base_configs")) / "search_space.yaml", SearchLimits)
+
+
+def workload(**changes: int) -> Workload:
+    """GPT-3 175B on 128 nodes of 8."""
+    values = {"gbs": 1536, "gpus": 1024, "gpus_per_node": 8}
+    return Workload(shape=shape(), **(values | changes))  # type: ignore[arg-type]
+
+
+def is_legal(layout: Layout, work: Workload) -> bool:
+    """Megatron-core's demands, one layout at a time, as its documentation states them."""
+    s, x = work.shape, layout
+    if s.num_attention_heads % x.tp or s.num_query_groups % x.tp or s.ffn_hidden_size % x.tp:
+        return False
+    if x.tp > work.gpus_per_node or work.gpus_per_node % x.tp:
+        return False
+    if work.gpus % (x.tp * x.pp * x.cp) or s.num_layers % (x.pp * x.vpp):
+        return False
+    if x.vpp > 1 and x.pp == 1:
+        return False
+    if x.cp > 1 and (s.seq_length % (2 * x.cp) or not work.flash_attention):
+        return False
+    if work.sequence_parallel and x.tp > 1 and (s.seq_length // x.cp) % x.tp:
+        return False
+    dp = work.gpus // (x.tp * x.pp * x.cp)
+    if work.gbs % (x.mbs * dp):
+        return False
+    if x.vpp > 1 and (work.gbs // (x.mbs * dp)) % x.pp:
+        return False
+    layers = s.num_layers // (x.pp * x.vpp)
+    if x.recompute is Recompute.UNIFORM:
+        return x.recompute_num_layers >= 1 and layers % x.recompute_num_layers == 0
+    if x.recompute is Recompute.BLOCK:
+        return 1 <= x.recompute_num_layers < layers
+    return True
+
+
+sizes = st.lists(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]), min_size=1, max_size=4, unique=True).map(tuple)
+modes = st.sampled_from(
+    [(Recompute.NONE, None), (Recompute.SELECTIVE, None), (Recompute.UNIFORM, 2), (Recompute.BLOCK, 5)]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tp=sizes,
+    pp=sizes,
+    vpp=sizes,
+    cp=sizes,
+    mbs=sizes,
+    recompute=st.lists(modes, min_size=1, unique=True).map(tuple),
+    heads=st.sampled_from([8, 12, 16]),
+    groups=st.sampled_from([2, 4, 8]),
+    layers=st.sampled_from([4, 12, 24]),
+    gbs=st.sampled_from([8, 48, 96]),
+    nodes=st.integers(1, 4),
+    gpus_per_node=st.sampled_from([2, 4, 8]),
+    flash=st.booleans(),
+)
+def test_every_layout_of_the_grid_is_either_legal_or_counted(
+    *,
+    heads: int,
+    groups: int,
+    layers: int,
+    gbs: int,
+    nodes: int,
+    gpus_per_node: int,
+    flash: bool,
+    **axes: tuple[Any, ...],
+) -> None:
+    work = Workload(
+        shape=shape(num_layers=layers, num_attention_heads=heads, num_query_groups=groups, seq_length=96),
+        gbs=gbs,
+        gpus=nodes * gpus_per_node,
+        gpus_per_node=gpus_per_node,
+        flash_attention=flash,
+    )
+    found = enumerate_layouts(SearchSpace(**axes), work, LIMITS)
+    grid = [
+        Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, mbs=mbs, recompute=mode, recompute_num_layers=count or 0)
+        for tp, pp, vpp, cp, mbs, (mode, count) in itertools.product(*axes.values())
+    ]
+    rows = found.layouts.rows()
+    assert len(set(rows)) == len(rows)
+    assert set(rows) == {layout for layout in grid if is_legal(layout, work)}
+    assert len(rows) + sum(r.count for r in found.rejections) == len(grid)
+    assert rows == sorted(rows)
+
+
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [
+        (Layout(tp=5), "attention heads"),
+        (Layout(tp=16), "reaches over a node"),
+        (Layout(tp=8, pp=5), "does not divide the 1024 GPUs"),
+        (Layout(tp=8, pp=64), "does not divide the 96 layers"),
+        (Layout(tp=8, vpp=2), "needs pp > 1"),
+        (Layout(tp=8, pp=8, mbs=5), "global batch"),
+        (Layout(tp=8, pp=2, vpp=2, mbs=8), "microbatches of an interleaved"),
+        (Layout(tp=8, cp=2048), "1024 GPUs"),
+        (Layout(tp=8, pp=8, recompute=Recompute.UNIFORM, recompute_num_layers=5), "uniform recomputation"),
+        (Layout(tp=8, pp=8, recompute=Recompute.BLOCK, recompute_num_layers=12), "same as uniform-1"),
+    ],
+)
+def test_an_illegal_layout_is_refused_by_name(layout: Layout, reason: str) -> None:
+    said = refusal(layout, workload())
+    assert said is not None
+    assert reason in said
+
+
+def test_published_layouts_of_175b_can_start() -> None:
+    # Narayanan et al. 2021 and Korthikanti et al. 2022 ran these.
+    for layout in (Layout(tp=8, pp=8, mbs=1), Layout(tp=8, pp=8, vpp=3, mbs=1), Layout(tp=8, pp=16, mbs=1)):
+        assert refusal(layout, workload()) is None
+
+
+def test_auto_never_lists_the_same_work_twice() -> None:
+    found = enumerate_layouts(SearchSpace(), workload(), LIMITS).layouts.rows()
+    whole_stage = [
+        x for x in found if x.recompute is Recompute.BLOCK and x.recompute_num_layers >= 96 // (x.pp * x.vpp)
+    ]
+    assert not whole_stage
+    assert len({x.name for x in found}) == len(found) > 1000
+
+
+def test_names_are_safe_file_names() -> None:
+    for layout in enumerate_layouts(SearchSpace(), workload(), LIMITS).layouts.rows():
+        assert set(layout.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_a_table_gives_back_its_rows() -> None:
+    rows = [Layout(tp=2, recompute=Recompute.BLOCK, recompute_num_layers=3), Layout(pp=4, vpp=2, mbs=8)]
+    assert Layouts.of(rows).rows() == rows

@@ -1,0 +1,178 @@
+"""The command line: frozen help, light imports, and one clear error for every kind of bad input."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from syrupy.assertion import SnapshotAssertion
+
+from hptool import files
+from hptool.cli import main
+
+
+def hptool(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], env={"COLUMNS": "100"})
+
+
+def search(tmp_path: Path, *words: str, model: str = "gpt3/tiny", cluster: str = "local") -> Result:
+    return hptool("search-train", "--model", model, "--cluster", cluster, "--results", tmp_path / "run", *words)
+
+
+@pytest.mark.parametrize("command", [[], ["search-train"]])
+def test_help_is_frozen(command: list[str], snapshot: SnapshotAssertion) -> None:
+    assert hptool(*command, "--help").output == snapshot
+
+
+def test_help_loads_neither_torch_nor_pandas() -> None:
+    code = (
+        "import sys\nfrom hptool.cli import main\n"
+        "try: main(['search-train', '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'megatron', 'pandas', 'submitit', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch" not in done.stderr
+    assert "pandas" not in done.stderr
+
+
+def profile(tmp_path: Path, **changes: object) -> str:
+    document = {**yaml.safe_load((files.data_directory("cluster") / "local.yaml").read_text()), **changes}
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "gpt3/125m"], "gpt3/125m: unknown model preset; did you mean gpt3/126m?"),
+        (["--model", "/nowhere/x.yaml"], "/nowhere/x.yaml: cannot be read: No such file or directory"),
+        (["--cluster", "locl"], "locl: unknown cluster profile; did you mean local?"),
+        (["--nodes", "0"], "--nodes: 0 given, allowed is 1"),
+        (["--nodes", "2"], "--nodes: 2 given, allowed is 1"),
+        (["--tp", "3"], "--tp: 3 given, but no layout can have it: tp does not divide the 4 attention heads"),
+        (["--pp", "1,5"], "--pp: 5 given, but no layout can have it"),
+        (["--cp", "0"], "--cp: 0 given, allowed is 1 or more"),
+        (["--mbs", "3"], "--mbs: 3 given, but no layout can have it: mbs·dp does not divide the global batch of 8"),
+        (["--tp", "x"], "'x' given, allowed is auto or whole numbers such as 1,2,4"),
+        (["--recompute", "al"], "'al' given, allowed is auto, none, selective, full, uniform[-N], block[-N]"),
+        (["--limit-search-runs", "0"], "--limit-search-runs: 0 given, allowed is more than 0"),
+        (["--max-minutes-per-run", "-1"], "--max-minutes-per-run: -1.0 given, allowed is more than 0"),
+        (["--max-steps-per-run", "1"], "--max-steps-per-run: 1 given, allowed is 2 or more"),
+        (["--output-top-n", "0"], "--output-top-n: 0 given, allowed is 1 or more"),
+        (["model.hiden_size=64"], "model.hiden_size: unknown key; did you mean hidden_size?"),
+        (["trainer.precision=fp64"], "trainer.precision: 'fp64' given, allowed is 'bf16'"),
+        (["trainer.num_nodes=4"], "trainer.num_nodes: 4 given, allowed is 1"),
+        (["--mbs", "1", "model.micro_batch_size=2"], "is fixed here and listed by --mbs; give one of them"),
+        (["nonsense"], "'nonsense': an override is written key.key=value"),
+    ],
+)
+def test_bad_input_is_one_clear_error_and_writes_nothing(words: list[str], said: str, tmp_path: Path) -> None:
+    done = search(tmp_path, *words)
+    assert done.exit_code == 2
+    assert said in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("run:\n  name: [x\n")
+    done = search(tmp_path, model=str(tmp_path / "my.yaml"))
+    assert done.exit_code == 2
+    assert "my.yaml: not valid YAML (line 3" in done.output
+
+
+def test_an_unknown_gpu_in_a_profile(tmp_path: Path) -> None:
+    done = search(tmp_path, cluster=profile(tmp_path, gpu="h1000"))
+    assert done.exit_code == 2
+    assert "gpu: unknown GPU 'h1000'; did you mean h100?" in done.output
+
+
+def test_all_mistakes_of_a_profile_are_told(tmp_path: Path) -> None:
+    done = search(tmp_path, cluster=profile(tmp_path, nodes="two", schedular="local", gpus_per_node=0))
+    assert done.exit_code == 2
+    assert "nodes: 'two' given" in done.output
+    assert "schedular: unknown key; did you mean scheduler?" in done.output
+
+
+def test_no_feasible_layout_counts_the_reasons_and_says_what_helps(tmp_path: Path) -> None:
+    # Each value is possible with others, but not these two with each other: the batch is too small for them.
+    done = search(tmp_path, "--tp", "1", "--pp", "1", "--mbs", "8")
+    assert done.exit_code == 3
+    assert "mbs·dp does not divide the global batch of 8" in done.output
+    assert "what would help" in done.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_ranks_and_writes_everything_and_launches_nothing(tmp_path: Path) -> None:
+    done = search(tmp_path, "--dry-run", "--nodes", "4", "--json", model="gpt3/5b", cluster="dgx-a100")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    written = {p.name for p in (tmp_path / "run").iterdir()}
+    assert written == {
+        "plan.json", "base_config.yaml", "candidates", "predictions.csv", "scripts", "report.html", "report.csv"
+    }  # fmt: skip
+    assert len(list((tmp_path / "run" / "candidates").iterdir())) == answer["candidates"]
+    assert len(list((tmp_path / "run" / "scripts").iterdir())) == 10
+    assert answer["winner"] is None
+    assert answer["predicted"][0]["name"] in {p.stem for p in (tmp_path / "run" / "scripts").iterdir()}
+
+
+def test_every_candidate_is_a_config_that_passes_the_workers_checks(tmp_path: Path) -> None:
+    from hptool.base_config import BaseConfig  # noqa: PLC0415
+    from hptool.worker.refusals import refuse_impossible  # noqa: PLC0415
+
+    done = search(tmp_path, "--dry-run", "--nodes", "2", model="gpt3/126m", cluster="dgx-a100")
+    assert done.exit_code == 0, done.output
+    paths = sorted((tmp_path / "run" / "candidates").iterdir())
+    assert len(paths) > 100
+    for path in [tmp_path / "run" / "base_config.yaml", *paths[::7]]:
+        refuse_impossible(files.read(path, BaseConfig), str(path))
+
+
+def test_a_users_own_config_is_read_by_the_same_code(tmp_path: Path) -> None:
+    first = search(tmp_path, "--dry-run")
+    assert first.exit_code == 0
+    own = tmp_path / "own.yaml"
+    (tmp_path / "run" / "base_config.yaml").rename(own)
+    done = hptool(
+        "search-train", "--model", own, "--cluster", "dgx-a100", "--nodes", "1", "--results", tmp_path / "again",
+        "--dry-run", "--json", "trainer.precision=bf16",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    config = yaml.safe_load((tmp_path / "again" / "base_config.yaml").read_text())
+    assert (config["trainer"]["devices"], config["trainer"]["accelerator"]) == (8, "gpu")
+
+
+def test_an_override_of_a_searched_key_fixes_that_axis(tmp_path: Path) -> None:
+    done = search(
+        tmp_path, "--dry-run", "--json", "model.micro_batch_size=4", "model.activations_checkpoint_granularity=full"
+    )
+    assert done.exit_code == 0, done.output
+    names = {p.stem for p in (tmp_path / "run" / "candidates").iterdir()}
+    assert names
+    assert all("-mbs4-uniform1" in name for name in names)
+
+
+def test_a_directory_of_another_search_is_refused(tmp_path: Path) -> None:
+    assert search(tmp_path, "--dry-run").exit_code == 0
+    again = search(tmp_path, "--dry-run")
+    assert again.exit_code == 2
+    assert "holds this search already; go on with --resume" in again.output
+    other = search(tmp_path, "--dry-run", "--resume", "--tp", "1")
+    assert other.exit_code == 2
+    assert "holds another search; it differs in space.tp" in other.output
+    assert search(tmp_path, "--dry-run", "--resume").exit_code == 0
+
+
+def test_without_megatron_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "megatron" in name else find(name, *a))
+    done = search(tmp_path)
+    assert done.exit_code == 2
+    assert "pip install 'hptool[worker]'" in done.output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,120 @@
+"""The results directory: holds one search, survives what dying processes leave, never mixes tries."""
+
+from pathlib import Path
+
+import pytest
+
+from hptool import files
+from hptool.errors import InputError
+from hptool.measurement import Failure, FailureKind, Measurement
+from hptool.results import OutcomeRecord, ResultsDirectory, Submission
+from tests import samples
+
+PLAN = {"search": {"model": "gpt3/tiny", "space": {"tp": [1, 2]}}, "limit_search_runs": 4}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> ResultsDirectory:
+    found = ResultsDirectory(tmp_path / "run")
+    found.begin(PLAN, resume=False)
+    return found
+
+
+def test_a_second_search_is_refused_unless_it_resumes(results: ResultsDirectory) -> None:
+    with pytest.raises(InputError, match="--resume"):
+        results.begin(PLAN, resume=False)
+    results.begin(PLAN, resume=True)
+    results.begin(PLAN | {"limit_search_runs": 9}, resume=True)  # more runs of the same search
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_search_is_told_what_differs(results: ResultsDirectory, *, resume: bool) -> None:
+    other = {"search": {"model": "gpt3/tiny", "space": {"tp": [1]}}, "limit_search_runs": 4}
+    with pytest.raises(InputError, match=r"holds another search; it differs in space.tp \(\[1, 2\] there, \[1\] asked"):
+        results.begin(other, resume=resume)
+
+
+def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="is not empty and holds no search"):
+        ResultsDirectory(tmp_path).begin(PLAN, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_resume_starts_where_there_is_nothing(tmp_path: Path) -> None:
+    ResultsDirectory(tmp_path / "new").begin(PLAN, resume=True)
+    assert (tmp_path / "new" / "plan.json").is_file()
+
+
+def test_outcomes_come_back_as_they_were(results: ResultsDirectory) -> None:
+    for name, outcome in (("a", samples.measurement()), ("b", samples.failure())):
+        results.record_outcome(
+            OutcomeRecord(
+                name=name,
+                job_id="7",
+                measurement=outcome if isinstance(outcome, Measurement) else None,
+                failure=outcome if isinstance(outcome, Failure) else None,
+            )
+        )
+    found = results.outcomes()
+    assert found["a"].measurement == samples.measurement()
+    assert found["b"].failure == samples.failure()
+
+
+def test_the_first_outcome_of_a_layout_stands(results: ResultsDirectory) -> None:
+    results.record_outcome(OutcomeRecord(name="a", job_id="1", measurement=samples.measurement(0.5)))
+    results.record_outcome(OutcomeRecord(name="a", job_id="2", failure=samples.failure()))
+    assert results.outcomes()["a"].job_id == "1"
+
+
+@pytest.mark.parametrize("rubbish", ['{"name": "b", "job', "\x00\x00\x00", "[]", '{"name": "b"}'])
+def test_a_line_that_a_dying_process_left_costs_that_line_only(results: ResultsDirectory, rubbish: str) -> None:
+    results.record_outcome(OutcomeRecord(name="a", job_id="1", measurement=samples.measurement()))
+    path = results.path / "outcomes.jsonl"
+    path.write_text(path.read_text() + rubbish)
+    results.record_outcome(OutcomeRecord(name="c", job_id="3", failure=samples.failure()))
+    assert set(results.outcomes()) == {"a", "c"}
+
+
+def test_the_last_submission_of_a_layout_counts(results: ResultsDirectory) -> None:
+    for job_id in ("1", "2"):
+        results.record_submission(Submission(name="a", job_id=job_id))
+    assert results.submissions()["a"].job_id == "2"
+
+
+def test_a_measurement_outweighs_a_failure(results: ResultsDirectory) -> None:
+    directory = results.prepare_run("a", "run: {}")
+    assert results.read_outcome("a") is None
+    files.write_text(directory / "failure-rank1.json", files.json_text(samples.failure()))
+    assert results.read_outcome("a") == samples.failure()
+    files.write_text(directory / "measurement.json", files.json_text(samples.measurement()))
+    assert results.read_outcome("a") == samples.measurement()
+
+
+def test_an_unreadable_measurement_is_a_failure_and_no_traceback(results: ResultsDirectory) -> None:
+    directory = results.prepare_run("a", "run: {}")
+    (directory / "measurement.json").write_text('{"step_times_s": []}')
+    found = results.read_outcome("a")
+    assert isinstance(found, Failure)
+    assert found.kind is FailureKind.CRASH
+    assert "measurement.json" in found.message
+
+
+def test_a_new_try_never_sees_the_files_of_the_last(results: ResultsDirectory) -> None:
+    first = results.prepare_run("a", "try: 1")
+    files.write_text(first / "failure-rank0.json", files.json_text(samples.failure()))
+    results.prepare_run("a", "try: 2")
+    assert results.read_outcome("a") is None
+    assert (results.path / "runs" / "a.interrupted-1" / "failure-rank0.json").is_file()
+
+
+def test_candidates_are_written_whole_or_not_at_all(results: ResultsDirectory) -> None:
+    def texts() -> object:
+        yield "a", "x"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.write_candidates(texts())  # type: ignore[arg-type]
+    assert not results.candidates.exists()
+    results.write_candidates([("a", "x"), ("b", "y")])
+    assert sorted(p.name for p in results.candidates.iterdir()) == ["a.yaml", "b.yaml"]
