@@ -9,6 +9,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 import uuid
@@ -84,6 +85,11 @@ class Launcher(Protocol):
 _SCHEDULER_MARGIN_MINUTES = 3
 
 
+#: How long cancelled local processes may take to go, and how often they are told.
+_CANCEL_S = 20
+_RESEND_S = 0.2
+
+
 def launcher(cluster: Cluster, folder: Path) -> Launcher:
     """The launcher for a cluster; submission scripts and job logs go into `folder`."""
     fresh = folder / uuid.uuid4().hex[:8]  # submitit names files by job id, and ids can come round again
@@ -123,7 +129,8 @@ class LocalLauncher:
                 gpus_per_node=self._cluster.gpus_per_node if self._cluster.gpu.device == "cuda" else 0,
                 stderr_to_stdout=True,
             )
-            job = executor.submit(run_node, _node_job(run, self._cluster, os.getpid()))
+            with _deaf_to_ctrl_c():
+                job = executor.submit(run_node, _node_job(run, self._cluster, os.getpid()))
             self._jobs[job.job_id] = job
             ids.append(job.job_id)
         return ids
@@ -145,17 +152,28 @@ class LocalLauncher:
     def cancel(self, job_ids: Sequence[str]) -> None:
         """As `Launcher.cancel`."""
         mine = [self._jobs[i] for i in job_ids if i in self._jobs]
-        for job in mine:
-            job.cancel()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + _CANCEL_S
         while left := [job.job_id for job in mine if not job.done()]:
             if time.monotonic() > deadline:
-                raise LaunchError(f"local jobs {', '.join(left)} (process ids) did not end within 15 s of their cancel")
-            time.sleep(0.05)
+                raise LaunchError(f"local jobs {', '.join(left)} (process ids) did not end {_CANCEL_S} s after SIGTERM")
+            for job_id in left:  # again and again, because submitit swallows the signal while a job starts
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(job_id), signal.SIGTERM)  # submitit hands it on and ends after the supervisor
+            time.sleep(_RESEND_S)
 
     def log_path(self, job_id: str) -> Path:
         """As `Launcher.log_path`."""
         return self._folder / f"{job_id}_0_log.out"
+
+
+@contextlib.contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started within do not see the terminal's SIGINT: hptool alone does, and cancels them in order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 # ---------------------------------------------------------------- Slurm

@@ -80,6 +80,7 @@ def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:
         world_size=world_size,
         directory=directory,
     )
+    directory.mkdir(parents=True, exist_ok=True)
     if place.rank == 0:
         outcome.clear(directory)
     return int(rank_module.run_rank(config, place, Heartbeats(place.local_rank + 1)))

@@ -64,6 +64,9 @@ def build(config: BaseConfig, megatron: TransformerConfig, chunks: list[Distribu
         use_gloo_process_groups=False,  # only checkpoints need them
     )
     megatron.grad_scale_func = optimizer.scale_loss
+    for group in optimizer.param_groups:
+        # Megatron leaves this to its scheduler, without which norms and biases would decay.
+        group["weight_decay"] = optim.weight_decay * group.get("wd_mult", 1.0)
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(inner.optimizer, torch.optim.Optimizer) and "foreach" in inner.optimizer.defaults:
             # torch's Adam copies all it works on by default; fused, it does not, like Transformer Engine's and Apex'.

@@ -7,6 +7,7 @@ import platform
 import resource
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,13 @@ _ROOT_CAUSE_S = 20.0
 
 _PROGRESS_INTERVAL_S = 1.0
 
+#: What Python would warn of in every run, and only Megatron-core could change.
+_MEGATRON_HABITS = (
+    "full scope is deprecated",
+    "The .grad attribute of a Tensor that is not a leaf",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -54,6 +62,8 @@ class Place:
 
 def run_rank(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> int:
     """Trains, and leaves a measurement or a failure; answers the exit code of the process."""
+    for message in _MEGATRON_HABITS:
+        warnings.filterwarnings("ignore", message=message)
     try:
         _run(config, place, heartbeats)
     except Exception as error:  # noqa: BLE001 (whatever it is, it ends this run and must be told)

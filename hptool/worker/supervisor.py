@@ -41,6 +41,9 @@ _STACKS_S = 1.0
 #: How long killed ranks may take to go.
 _END_S = 30.0
 
+#: Characters at the end of a log that hold a dying rank's last words; the stacks of its threads come after them.
+_LOG_END = 20_000
+
 #: Part of a rank's memory limit beyond which a SIGKILL was for memory.
 _NEARLY_ALL = 0.9
 
@@ -239,7 +242,7 @@ class _Watch:
     def _kind_of_log(self, rank: int) -> FailureKind:
         """A C++ library that finds no memory ends the process, and says so in the log only."""
         try:
-            end = outcome.log_path(self.directory, rank).read_text(encoding="utf-8", errors="replace")[-4000:]
+            end = outcome.log_path(self.directory, rank).read_text(encoding="utf-8", errors="replace")[-_LOG_END:]
         except OSError:
             return FailureKind.CRASH
         return FailureKind.OOM if outcome.speaks_of_memory(end) else FailureKind.CRASH

@@ -1,6 +1,5 @@
 """The scripts that start and stop the development Slurm."""
 
-import itertools
 import os
 import signal
 import socket
@@ -16,7 +15,8 @@ from tests.slurm.conftest import SCRIPTS, DevSlurm, connect, is_running, run_scr
 
 pytestmark = pytest.mark.slurm
 
-PORTS = itertools.count(17817, 100)  # one range for each instance that a test starts
+# The ports of the instances that tests start, one after another; test processes side by side get different ones.
+PORT = 20000 + os.getpid() % 100 * 100
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def settings() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="slurm-") as parent:  # short: socket paths are
         instance = {
             "HPTOOL_SLURM_DIR": f"{Path(parent).resolve()}/state",
-            "HPTOOL_SLURM_PORT": str(next(PORTS)),
+            "HPTOOL_SLURM_PORT": str(PORT),
             "HPTOOL_SLURM_NODES": "2",
             "HPTOOL_SLURM_ACCOUNTING": "none",
         }
@@ -72,16 +72,15 @@ def test_accounting_knows_how_a_job_ended(slurm: DevSlurm) -> None:
     assert answer == ["COMPLETED"]
 
 
-def test_a_private_instance_is_idle_and_listens_on_loopback_only(private: DevSlurm, settings: dict[str, str]) -> None:
+def test_a_private_instance_is_idle_and_listens_on_loopback_only(private: DevSlurm) -> None:
     assert private.node_states() == {"node1": "idle", "node2": "idle"}
 
-    port = int(settings["HPTOOL_SLURM_PORT"])
     listening = set()
     for line in (line for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]):
         address, local_port = line.split()[1].split(":")
-        if line.split()[3] == "0A" and port <= int(local_port, 16) < port + 100:
+        if line.split()[3] == "0A" and PORT <= int(local_port, 16) < PORT + 100:
             listening.add((address, int(local_port, 16)))
-    assert listening == {("0100007F", port), ("0100007F", port + 11), ("0100007F", port + 12)}
+    assert listening == {("0100007F", PORT), ("0100007F", PORT + 11), ("0100007F", PORT + 12)}
 
 
 def test_a_job_sees_its_node_and_its_gpus(private: DevSlurm, tmp_path: Path) -> None:
@@ -148,7 +147,7 @@ def test_purge_removes_all_of_an_instance_and_nothing_else(
 
 
 def test_a_taken_port_is_an_error_that_leaves_nothing_running(settings: dict[str, str]) -> None:
-    with socket.create_server(("127.0.0.1", int(settings["HPTOOL_SLURM_PORT"]) + 12)):
+    with socket.create_server(("127.0.0.1", PORT + 12)):
         script = run_script("up", settings=settings)
     assert (script.returncode, script.stdout) == (1, "")
     assert "which slurmd-node2 needs, is taken by" in script.stderr

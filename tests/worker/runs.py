@@ -141,7 +141,7 @@ class Launcher:
         job = supervisor.NodeJob(
             **{"config_path": str(config), "run_directory": str(directory), "max_minutes": 2.0, **(limits or {})}
         )
-        return Run(directory=directory, pid=fork(lambda: _exit_code_of(job), directory / "supervisor.log"))
+        return Run(directory=directory, pid=fork(lambda: exit_code_of(job), directory / "supervisor.log"))
 
     def run(self, **changes: Any) -> Measurement:
         """As `start`, to the end, which must be a measurement."""
@@ -173,7 +173,8 @@ def fork(function: Callable[[], int], log: Path) -> int:
         os._exit(code)
 
 
-def _exit_code_of(job: supervisor.NodeJob) -> int:
+def exit_code_of(job: supervisor.NodeJob) -> int:
+    """What `run_node` comes to, as an exit code."""
     try:
         supervisor.run_node(job)
     except supervisor.RunFailedError:

@@ -33,7 +33,7 @@ def largest_differences(config: BaseConfig) -> list[float]:
         attention = kind(megatron, 3, AttnMaskType.causal, "self")
         output = attention(query, key, value, None)
         (output * weight).sum().backward()
-        results.append([x.detach() for x in (output, query.grad, key.grad, value.grad)])
+        results.append([output.detach(), *(x.grad for x in (query, key, value))])
     return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True)]
 
 
@@ -81,8 +81,8 @@ def context_parallel_differences(config: BaseConfig) -> list[float]:
     query, key, value = (x.clone().requires_grad_() for x in inputs)
     output = SdpaAttention(megatron, 1, AttnMaskType.causal, "self")(query, key, value)
     (output * weight).sum().backward()
-    wholes = [own(x) for x in (output.detach(), query.grad, key.grad, value.grad)]  # type: ignore[arg-type]
-    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(parts, wholes, strict=True)]  # type: ignore[operator]
+    wholes = [own(x) for x in (output.detach(), *(x.grad for x in (query, key, value)))]
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(parts, wholes, strict=True)]
 
 
 @pytest.mark.parametrize(("size", "groups"), [(2, 4), (2, 2), (4, 4)])

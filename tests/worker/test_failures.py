@@ -75,6 +75,30 @@ def test_killed_rank_ends_the_run(launcher: Launcher, victim: int) -> None:
     assert_gone(ranks)
 
 
+def test_rank_killed_near_its_memory_limit_is_an_oom(launcher: Launcher) -> None:
+    limit = launcher.run().peak_memory_gib / 0.95
+    run = launcher.start(limits={"memory_gib_per_rank": limit}, **ENDLESS)
+    run.until_step(5)
+    os.kill(run.ranks(1)[0], signal.SIGKILL)
+    assert run.wait(timeout_s=5.0) == 1
+    failure = only_failure(run)
+    assert failure.kind is FailureKind.OOM
+    assert "SIGKILL" in failure.message
+    assert "GiB resident" in failure.message
+
+
+def test_library_that_aborts_for_lack_of_memory_is_an_oom(launcher: Launcher) -> None:
+    run = launcher.start(**ENDLESS)
+    run.until_step(2)
+    with (run.directory / "logs" / "rank-0.log").open("a") as log:
+        log.write("terminate called after throwing an instance of 'std::bad_alloc'\n")
+    os.kill(run.ranks(1)[0], signal.SIGABRT)
+    assert run.wait(timeout_s=5.0) == 1
+    failure = only_failure(run)
+    assert failure.kind is FailureKind.OOM
+    assert "SIGABRT" in failure.message
+
+
 def test_error_on_one_rank_is_told_by_that_rank(launcher: Launcher, tmp_path: Path) -> None:
     # The second replica reads the only token that is not in the vocabulary; the first one only loses its peer.
     prefix = write_set(tmp_path / "set", [[1] * 33 * 7, [499] * 33])

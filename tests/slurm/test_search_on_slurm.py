@@ -1,0 +1,162 @@
+"""Whole searches through a real Slurm: sbatch, arrays, several nodes, and everything that goes wrong there."""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.searches import finish, outcome_lines, processes_of, start, wait_for
+from tests.slurm.conftest import DevSlurm, connect, run_script
+
+pytestmark = pytest.mark.slurm
+
+#: A run of a layout that takes longer than any test.
+ENDLESS = ("--max-steps-per-run", "1000000", "--tp", "1", "--pp", "1", "--mbs", "1", "--nodes", "1")
+
+
+def queue() -> list[str]:
+    """Job ids that Slurm still means to run or runs."""
+    done = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.fixture
+def results(tmp_path: Path, slurm: DevSlurm) -> Iterator[Path]:
+    del slurm
+    path = tmp_path / "run"
+    yield path
+    assert queue() == [], "a search left jobs behind"
+    assert processes_of(path) == [], "a search left processes behind"
+
+
+def test_layouts_of_one_and_two_nodes_are_measured_and_ranked(results: Path) -> None:
+    process = start(results, "--json", "--nodes", "2", "--tp", "2", "--pp", "1,2", "--mbs", "1,2", cluster="dev-slurm")
+    out, err = finish(process)
+    assert process.returncode == 0, err
+    answer = json.loads(out)
+    runs = {run["name"]: run for run in answer["runs"]}
+    assert all(run["outcome"] == "measured" for run in runs.values())
+    assert {name: (run["nodes"], run["gpus"]) for name, run in runs.items()} == {
+        "tp2-pp1-vpp1-cp1-mbs1-none": (1, 2),
+        "tp2-pp1-vpp1-cp1-mbs2-none": (1, 2),
+        "tp2-pp2-vpp1-cp1-mbs1-none": (2, 4),
+        "tp2-pp2-vpp1-cp1-mbs2-none": (2, 4),
+    }
+    # The full training has two replicas of the layouts without a pipeline; their runs have one, with its share.
+    assert runs["tp2-pp1-vpp1-cp1-mbs1-none"]["gbs"] * 2 == runs["tp2-pp2-vpp1-cp1-mbs1-none"]["gbs"] == 8
+    assert any("fewest nodes" in note for note in answer["notes"])
+    submitted = [json.loads(line)["job_id"] for line in (results / "submissions.jsonl").read_text().splitlines()]
+    arrays = {job_id.partition("_")[0] for job_id in submitted}
+    assert len(submitted) == 4
+    assert len(arrays) == 2  # one array for each number of nodes
+    hosts = {
+        line for log in (results / "runs").glob("tp2-pp2*/logs/rank-*.log") for line in log.read_text().splitlines()
+    }
+    assert hosts
+    assert answer["winner"] in runs
+    assert answer["train_command"].startswith("srun --nodes=2 --ntasks-per-node=1")
+
+
+def test_memory_and_minutes_are_real_limits(results: Path, tmp_path: Path) -> None:
+    profile = yaml.safe_load((ROOT / "cluster" / "dev-slurm.yaml").read_text())
+    gpu = yaml.safe_load((ROOT / "cluster" / "gpus" / "cpu.yaml").read_text())
+    profile["gpu"] = {**gpu, "memory_gib": 1.2}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(profile))
+    longer = [f"model.{key}=1024" for key in ("encoder_seq_length", "data.seq_length", "max_position_embeddings")]
+    process = start(
+        results, "--json", "--nodes", "1", "--tp", "1", "--pp", "2", "--mbs", "1,8", "--max-minutes-per-run", "0.4",
+        "--max-steps-per-run", "100000", "model.num_layers=2", "model.use_flash_attention=false", *longer,
+        cluster=str(tmp_path / "small.yaml"),
+    )  # fmt: skip
+    out, err = finish(process)
+    assert process.returncode == 4, err
+    answer = json.loads(out)
+    assert {run["mbs"]: run["outcome"] for run in answer["runs"]} == {1: "timeout", 8: "oom"}
+    assert all((results / "runs" / run["name"] / "logs").is_dir() for run in answer["runs"])
+    assert "1 × oom, 1 × timeout" in err
+
+
+def test_a_refused_submission_ends_in_slurms_own_words(results: Path, tmp_path: Path) -> None:
+    profile = yaml.safe_load((ROOT / "cluster" / "dev-slurm.yaml").read_text())
+    profile["slurm"]["partition"] = "nosuch"
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(profile))
+    process = start(results, "--tp", "1", "--pp", "1", "--mbs", "1", cluster=str(tmp_path / "wrong.yaml"))
+    _, err = finish(process)
+    assert process.returncode == 4
+    assert "invalid partition specified: nosuch" in err
+    assert "Traceback" not in err
+    assert not list((results / "jobs").rglob("*.pkl"))
+    # With the profile mended the same search goes on.
+    words = ("--resume", "--json", "--tp", "1", "--pp", "1", "--mbs", "1")
+    profile["slurm"]["partition"] = "main"
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(profile))
+    out, err = finish(start(results, *words, cluster=str(tmp_path / "wrong.yaml")))
+    assert json.loads(out)["winner"] == "tp1-pp1-vpp1-cp1-mbs1-none", err
+
+
+@pytest.fixture(params=["dbd", "none"])
+def accounting(request: pytest.FixtureRequest, slurm: DevSlurm) -> Iterator[None]:
+    """The Slurm of the session, which accounts, or a second one that does not."""
+    if request.param == "dbd":
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="slurm-") as parent:  # short: socket paths are
+        directory = {"HPTOOL_SLURM_DIR": f"{parent}/state", "HPTOOL_SLURM_PORT": "18817"}
+        up = run_script("up", settings={**directory, "HPTOOL_SLURM_ACCOUNTING": "none"})
+        assert up.returncode == 0, up.stderr
+        try:
+            os.environ["SLURM_CONF"] = str(connect(up).conf)
+            yield
+        finally:
+            os.environ["SLURM_CONF"] = str(slurm.conf)
+            run_script("down", "--purge", settings=directory)
+
+
+@pytest.mark.usefixtures("accounting")
+def test_a_job_that_someone_else_cancels_is_seen_within_seconds(results: Path) -> None:
+    process = start(results, *ENDLESS, "--json", cluster="dev-slurm")
+    wait_for(lambda: list((results / "runs").glob("*/progress.json")), timeout_s=90)
+    subprocess.run(["scancel", *queue()], check=True)
+    out, err = finish(process, timeout_s=60)
+    assert process.returncode == 4, err
+    run = json.loads(out)["runs"][0]
+    assert run["outcome"] == "lost"
+    assert "CANCELLED" in run["message"]
+    wait_for(lambda: queue() == [])
+
+
+def test_ctrl_c_leaves_no_job_and_resume_repeats_nothing(results: Path) -> None:
+    words = ("--json", "--nodes", "1", "--tp", "1", "--pp", "1", "--mbs", "1,2,4")
+    process = start(results, *words, cluster="dev-slurm")
+    wait_for(lambda: len(outcome_lines(results)) == 1, timeout_s=90)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = finish(process, timeout_s=60)
+    assert process.returncode == 130, err
+    assert queue() == []
+    before = outcome_lines(results)
+    out, err = finish(start(results, *words, "--resume", cluster="dev-slurm"))
+    assert len(json.loads(out)["runs"]) == 3, err
+    after = outcome_lines(results)
+    assert after[: len(before)] == before
+    assert len({line["name"] for line in after}) == len(after) == 3
+
+
+def test_a_killed_search_finds_its_jobs_again(results: Path) -> None:
+    words = ("--json", "--nodes", "1", "--tp", "1", "--pp", "1", "--mbs", "1,2")
+    process = start(results, *words, cluster="dev-slurm")
+    wait_for(lambda: (results / "submissions.jsonl").exists() and len(queue()) == 2)
+    process.kill()
+    finish(process)
+    jobs = set(queue())
+    assert jobs  # Slurm goes on without us
+    out, err = finish(start(results, *words, "--resume", cluster="dev-slurm"))
+    assert {run["outcome"] for run in json.loads(out)["runs"]} == {"measured"}, err
+    assert {str(line["job_id"]) for line in outcome_lines(results)} >= jobs
+    assert len((results / "submissions.jsonl").read_text().splitlines()) == 2  # nothing was submitted twice
