@@ -1,0 +1,51 @@
+"""What the enumeration calls legal starts, and trains what every other layout trains. Nothing is left to chance."""
+
+from pathlib import Path
+
+import pytest
+
+from hptool import files
+from hptool.base_config import BaseConfig
+from hptool.candidates import Layout, Recompute, SearchLimits, SearchSpace, enumerate_layouts
+from tests.worker.runs import Launcher, tiny_config
+
+LIMITS = SearchLimits(mbs=(1, 4), min_tokens_per_cp_rank=16, block_fractions=(0.5,))
+MODES = ((Recompute.NONE, None), (Recompute.SELECTIVE, None), (Recompute.UNIFORM, None), (Recompute.BLOCK, None))
+
+
+def legal(gpus: int) -> tuple[BaseConfig, list[Layout]]:
+    """A config of this many ranks on one node, and all layouts that it may have."""
+    config = tiny_config(trainer__devices=gpus, trainer__max_steps=2)
+    return config, enumerate_layouts(SearchSpace(recompute=MODES), config.workload, LIMITS).layouts.rows()
+
+
+TWO, TWO_LAYOUTS = legal(2)
+FOUR, FOUR_LAYOUTS = legal(4)
+# Of four ranks those that no two can have: three kinds of parallelism at once, four stages, TP4.
+FOUR_LAYOUTS = [x for x in FOUR_LAYOUTS if x.mbs == 1 and (x.gpus_per_replica == 4 or x.vpp > 1)]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process with everything on one rank."""
+    return list(Launcher(tmp_path_factory.mktemp("one")).run(trainer__max_steps=2).losses)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [(TWO, x) for x in TWO_LAYOUTS] + [(FOUR, x) for x in FOUR_LAYOUTS[::3]],
+    ids=lambda value: value.name if isinstance(value, Layout) else str(value.gpus),
+)
+def test_a_legal_layout_trains_the_same_model(
+    config: BaseConfig, layout: Layout, one_process: list[float], tmp_path: Path
+) -> None:
+    run = Launcher(tmp_path).start_text(files.yaml_text(config.with_layout(layout).document()))
+    assert run.wait() == 0, run.failures
+    assert list(run.measurement.losses) == pytest.approx(one_process, rel=1e-4)
+
+
+def test_the_layouts_tried_here_cover_every_axis() -> None:
+    for axis, values in {"tp": {1, 2}, "pp": {1, 2}, "vpp": {1, 2}, "cp": {1, 2}, "mbs": {1, 4}}.items():
+        assert {getattr(x, axis) for x in TWO_LAYOUTS} == values, axis
+    assert {x.recompute for x in TWO_LAYOUTS} == set(Recompute)
+    assert {(x.tp, x.pp, x.cp) for x in FOUR_LAYOUTS} >= {(2, 2, 1), (4, 1, 1), (1, 4, 1), (1, 2, 2), (2, 1, 2)}
