@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 DEMO_RESULTS ?= results/demo
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format slurm-up slurm-down clean
+.PHONY: demo test browser lint format slurm-up slurm-down clean
 
 demo: $(VENV)/.worker
 	@echo "make demo: measuring 6 layouts of a tiny GPT-3 on two processes; about a minute"
@@ -15,9 +15,15 @@ demo: $(VENV)/.worker
 	  --tp 1,2 --pp 1,2 --vpp 1 --cp 1 --mbs 1,2 --recompute none \
 	  --limit-search-runs 6 --max-steps-per-run 20 --max-minutes-per-run 2
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	@echo "make test: unit, numerics, local and Slurm tests; about 8 minutes on two cores"
 	$(BIN)/python -m pytest
+
+# The report is looked at in a real browser.
+browser:
+	@command -v chromium >/dev/null || { echo "installing Chromium from Debian, for the tests of the report"; \
+	  { apt-get update && apt-get install -y --no-install-recommends chromium; } > $(VENV)/chromium.log 2>&1 \
+	  || { tail -n 5 $(VENV)/chromium.log >&2; exit 1; }; }
 
 # What CI checks before the tests.
 lint: $(VENV)/.dev

@@ -51,9 +51,9 @@ _Loader.add_implicit_resolver(
 
 
 def data_directory(name: str) -> Path:
-    """`base_configs` or `cluster`: beside the package in a checkout, inside it when installed from a wheel."""
-    checkout = _PACKAGE.parent / name
-    return checkout if checkout.is_dir() else _PACKAGE / name
+    """`base_configs` or `cluster`: inside the package when installed from a wheel, beside it in a checkout."""
+    installed = _PACKAGE / name
+    return installed if installed.is_dir() else _PACKAGE.parent / name
 
 
 # ---------------------------------------------------------------- reading

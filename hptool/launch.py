@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -241,9 +242,9 @@ def slurm_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
     return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
 
 
-def batch_script(run: Run, cluster: Cluster, folder: Path) -> str:
+def batch_script(run: Run, cluster: Cluster, folder: Path, python: str = sys.executable) -> str:
     """The script that `submit` would hand to sbatch for this run alone."""
-    command = shlex.join(["python", "-u", "-m", "submitit.core._submit", str(folder)])
+    command = shlex.join([python, "-u", "-m", "submitit.core._submit", str(folder)])
     return str(_make_sbatch_string(command=command, folder=folder, **slurm_parameters(run, cluster)))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -456,7 +457,7 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
 
 def train_command(cluster: Cluster, nodes: int, config: Path) -> str:
     """The command that trains a config: on this machine, or one supervisor a node under srun."""
-    train = ["python", "-m", "hptool.worker", str(config)]
+    train = [sys.executable, "-m", "hptool.worker", str(config)]
     if cluster.scheduler == "slurm":
         train = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *train]
     return shlex.join(train)

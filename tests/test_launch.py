@@ -22,7 +22,7 @@ def run(directory: Path, nodes: int = 2) -> Run:
 
 
 def test_the_script_for_a_dgx(dgx_a100: Cluster, snapshot: SnapshotAssertion) -> None:
-    assert launch.batch_script(run(Path("runs/tp2")), dgx_a100, Path("jobs")) == snapshot
+    assert launch.batch_script(run(Path("runs/tp2")), dgx_a100, Path("jobs"), "python") == snapshot
 
 
 def test_the_script_for_a_site_with_wishes(dgx_a100: Cluster, snapshot: SnapshotAssertion) -> None:
@@ -35,7 +35,9 @@ def test_the_script_for_a_site_with_wishes(dgx_a100: Cluster, snapshot: Snapshot
         setup=("module load nccl",),
         extra_options={"reservation": "maint $(id)", "gres": "gpu:8"},
     )
-    assert launch.batch_script(run(Path("it's here")), replace(dgx_a100, slurm=options), Path("a b")) == snapshot
+    assert (
+        launch.batch_script(run(Path("it's here")), replace(dgx_a100, slurm=options), Path("a b"), "python") == snapshot
+    )
 
 
 def test_nothing_that_a_user_gives_reaches_a_shell_unquoted(dgx_a100: Cluster, tmp_path: Path) -> None:

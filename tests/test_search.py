@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,11 +70,9 @@ def test_the_winner_trains_with_the_command_that_the_report_names(results: Path,
     assert answer["winner"] == "tp1-pp2-vpp1-cp1-mbs2-none", err
     config = yaml.safe_load((results / "optimal.yaml").read_text())
     assert config["trainer"]["max_steps"] == 3  # the training's own, not the run's
-    environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     done = subprocess.run(
         ["bash", "-c", answer["train_command"]],
         cwd=tmp_path,
-        env=environment,
         capture_output=True,
         text=True,
         check=False,
