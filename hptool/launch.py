@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -60,6 +60,10 @@ class JobStatus:
     meaning: FailureKind = FailureKind.CRASH
 
 
+#: Told of a run and the id of its job.
+Started = Callable[[Run, str], None]
+
+
 class Launcher(Protocol):
     """The seam to a scheduler. Every call returns within a minute."""
 
@@ -68,8 +72,11 @@ class Launcher(Protocol):
     #: Seconds between two looks at the jobs.
     poll_s: float
 
-    def submit(self, runs: Sequence[Run]) -> list[str]:
-        """Start the runs; a job id for each. Raises LaunchError with the scheduler's own words."""
+    def submit(self, runs: Sequence[Run], started: Started) -> None:
+        """Start the runs, and tell `started` of each as soon as it has a job id.
+
+        Raises LaunchError with the scheduler's own words; runs of which `started` heard go on then.
+        """
 
     def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         """The state of each job."""
@@ -119,10 +126,9 @@ class LocalLauncher:
         self._folder = folder
         self._jobs: dict[str, submitit.Job[None]] = {}
 
-    def submit(self, runs: Sequence[Run]) -> list[str]:
+    def submit(self, runs: Sequence[Run], started: Started) -> None:
         """As `Launcher.submit`."""
         executor = submitit.LocalExecutor(self._folder)
-        ids = []
         for run in runs:
             executor.update_parameters(
                 timeout_min=run.max_minutes + _SCHEDULER_MARGIN_MINUTES,
@@ -130,11 +136,11 @@ class LocalLauncher:
                 gpus_per_node=self._cluster.gpus_per_node if self._cluster.gpu.device == "cuda" else 0,
                 stderr_to_stdout=True,
             )
-            with _deaf_to_ctrl_c():
+            # Deaf, so that a terminal's Ctrl-C reaches hptool alone, which ends its jobs in order.
+            with blocked(signal.SIGINT):
                 job = executor.submit(run_node, _node_job(run, self._cluster, os.getpid()))
             self._jobs[job.job_id] = job
-            ids.append(job.job_id)
-        return ids
+            started(run, job.job_id)
 
     def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         """As `Launcher.status`; a job of another process is lost, for it ended with that process."""
@@ -168,9 +174,9 @@ class LocalLauncher:
 
 
 @contextlib.contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started within do not see the terminal's SIGINT: hptool alone does, and cancels them in order."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Within, these signals wait, and processes that are started never see them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -261,20 +267,19 @@ class SlurmLauncher:
         self._missing_since: dict[str, float] = {}
         self._has_accounting = True
 
-    def submit(self, runs: Sequence[Run]) -> list[str]:
+    def submit(self, runs: Sequence[Run], started: Started) -> None:
         """As `Launcher.submit`."""
         if shutil.which("sbatch") is None or shutil.which("srun") is None:
             raise LaunchError("sbatch: not found on this machine; run hptool where Slurm's commands are installed")
-        ids: dict[str, str] = {}
         for _, group in groupby(sorted(runs, key=_shape), key=_shape):
             same = list(group)
             jobs = [_node_job(run, self._cluster, None) for run in same]
             executor = submitit.SlurmExecutor(self._folder)
             executor.update_parameters(**slurm_parameters(same[0], self._cluster))
-            with _refusals(self._folder):
-                submitted = executor.map_array(run_node, jobs)
-            ids |= {run.name: job.job_id for run, job in zip(same, submitted, strict=True)}
-        return [ids[run.name] for run in runs]
+            # No interruption between a job's start and the note of its id, or it would be nobody's.
+            with blocked(signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _refusals(self._folder):
+                for run, job in zip(same, executor.map_array(run_node, jobs), strict=True):
+                    started(run, job.job_id)
 
     def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         """As `Launcher.status`: one `squeue` for all, `sacct` for those that the queue has forgotten."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -304,10 +305,12 @@ class _Campaign:
             config = run_config(self.plan.config, layout, self.plan.request.max_steps_per_run)
             self.results.prepare_run(layout.name, files.yaml_text(config.document()))
             runs.append(_run(self.plan, self.results, layout))
-        for run, job_id in zip(runs, self.launcher.submit(runs), strict=True):
-            self.under_way[run.name] = job_id
-            self.results.record_submission(Submission(name=run.name, job_id=job_id))
-            self.say(f"job {job_id}: {run.name} on {run.nodes} node{'s' if run.nodes > 1 else ''}")
+        self.launcher.submit(runs, self._started)
+
+    def _started(self, run: launch.Run, job_id: str) -> None:
+        self.under_way[run.name] = job_id
+        self.results.record_submission(Submission(name=run.name, job_id=job_id))
+        self.say(f"job {job_id}: {run.name} on {run.nodes} node{'s' if run.nodes > 1 else ''}")
 
     def collect(self) -> None:
         """Look at every job under way once, and record those that ended."""
@@ -368,7 +371,8 @@ class _Campaign:
         if not self.under_way:
             return
         self.say(f"cancelling {len(self.under_way)} jobs: {', '.join(self.under_way.values())}")
-        self.launcher.cancel(list(self.under_way.values()))
+        with launch.blocked(signal.SIGINT):  # an impatient second Ctrl-C must not leave half of them
+            self.launcher.cancel(list(self.under_way.values()))
         for name, job_id in list(self.under_way.items()):
             outcome = self.results.read_outcome(name)
             if isinstance(outcome, Measurement):

@@ -167,7 +167,7 @@ def test_without_slurm_there_is_one_clear_error(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     with pytest.raises(LaunchError, match="sbatch: not found on this machine"):
-        launcher.submit([run(tmp_path)])
+        launcher.submit([run(tmp_path)], lambda *_: None)
 
 
 def test_the_profile_decides_about_the_launcher(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 __main__     the command: train from a config, as a node's supervisor or as one rank of torchrun
 supervisor   `run_node`: forks the node's ranks, watches them, ends them; imports torch and megatron late
 processes    forking a rank, its limits and its log; the heartbeat
-nodes        which node of the job this is, and where the ranks meet
+nodes        which node of the job this is, what its ranks are called, and where they meet
 outcome      measurement.json, or the one failure that came first
 rank         one rank from the process group to its outcome
 training     the loop and its clock

@@ -17,7 +17,7 @@ from hptool.errors import InputError
 from hptool.measurement import Measurement
 from hptool.units import SECONDS_PER_MINUTE
 from hptool.worker import outcome, supervisor
-from hptool.worker.nodes import this_node
+from hptool.worker.nodes import Place, this_node
 from hptool.worker.processes import Heartbeats
 from hptool.worker.refusals import refuse_impossible
 
@@ -73,8 +73,8 @@ def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:
         raise InputError(
             f"WORLD_SIZE: {world_size} given, allowed is trainer.num_nodes · trainer.devices ({config.gpus})"
         )
-    rank_module = supervisor.load_framework(config.trainer.accelerator)
-    place = rank_module.Place(
+    run_rank = supervisor.load_framework(config.trainer.accelerator)
+    place = Place(
         rank=int(os.environ["RANK"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=world_size,
@@ -83,7 +83,7 @@ def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:
     directory.mkdir(parents=True, exist_ok=True)
     if place.rank == 0:
         outcome.clear(directory)
-    return int(rank_module.run_rank(config, place, Heartbeats(place.local_rank + 1)))
+    return run_rank(config, place, Heartbeats(place.local_rank + 1))
 
 
 def _minutes(max_time: str | None) -> float:

@@ -1,8 +1,9 @@
-"""Which node of the job this is, and where its ranks meet."""
+"""Which node of the job this is, what its ranks are called, and where they meet."""
 
 import os
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from hptool.errors import InputError
 
@@ -31,6 +32,22 @@ class Meeting:
     host: str
     port: int
     listener: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which rank this is, where it writes, and what it may have.
+
+    It meets the others at `meeting`, or where torchrun's environment says. `memory_gib` is a hard limit for CPU ranks.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    directory: Path
+    log: Path | None = None
+    meeting: Meeting | None = None
+    memory_gib: float | None = None
 
 
 def this_node(num_nodes: int) -> Node:

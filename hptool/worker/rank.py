@@ -8,7 +8,6 @@ import resource
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from hptool.predict.flops import MODEL_FLOPS_CONVENTION, model_flops_per_step
 from hptool.units import GIB, TERA
 from hptool.worker import cpu, outcome
 from hptool.worker.model import attention_name
-from hptool.worker.nodes import Meeting
+from hptool.worker.nodes import Place
 from hptool.worker.processes import Heartbeats, limit_memory
 from hptool.worker.training import StepReport, Training
 
@@ -42,22 +41,6 @@ _MEGATRON_HABITS = (
     "The .grad attribute of a Tensor that is not a leaf",
     r"`torch\.distributed\.\w+` is deprecated",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Which rank this is, where it writes, and what it may have.
-
-    It meets the others at `meeting`, or where torchrun's environment says. `memory_gib` is a hard limit for CPU ranks.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-    directory: Path
-    log: Path | None = None
-    meeting: Meeting | None = None
-    memory_gib: float | None = None
 
 
 def run_rank(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> int:

@@ -8,13 +8,13 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import NoReturn
+from types import FrameType
+from typing import NoReturn, TypeAlias
 
 from hptool import files
 from hptool.base_config import BaseConfig
@@ -22,10 +22,13 @@ from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind
 from hptool.units import GIB, SECONDS_PER_MINUTE
 from hptool.worker import outcome, processes
-from hptool.worker.nodes import Meeting, Node, listen, this_node
+from hptool.worker.nodes import Meeting, Node, Place, listen, this_node
 from hptool.worker.refusals import refuse_impossible, refuse_missing_framework
 
 _LOG = logging.getLogger(__name__)
+
+#: What a rank does from its start to its exit code.
+RunRank: TypeAlias = Callable[[BaseConfig, Place, processes.Heartbeats], int]
 
 _POLL_S = 0.05
 
@@ -41,7 +44,7 @@ _STACKS_S = 1.0
 #: How long killed ranks may take to go.
 _END_S = 30.0
 
-#: Characters at the end of a log that hold a dying rank's last words; the stacks of its threads come after them.
+#: Bytes at the end of a log that hold a dying rank's last words; the stacks of its threads come after them.
 _LOG_END = 20_000
 
 #: Part of a rank's memory limit beyond which a SIGKILL was for memory.
@@ -100,12 +103,12 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node) -> None:
             directory=directory, job=job, first_rank=node.index * devices, heartbeats=processes.Heartbeats(devices)
         )
         try:
-            rank_module = load_framework(config.trainer.accelerator)
+            run_rank = load_framework(config.trainer.accelerator)
         except InputError as error:
             outcome.record_failure(directory, outcome.failure_of(error, watch.first_rank, None))
             raise
         try:
-            _fork_ranks(watch, rank_module, config, node)
+            _fork_ranks(watch, run_rank, config, node)
             failure = watch.until_done()
             if failure is not None:
                 first = outcome.record_failure(directory, failure)
@@ -114,8 +117,8 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node) -> None:
             watch.end_ranks()
 
 
-def load_framework(accelerator: str) -> ModuleType:
-    """`hptool.worker.rank` with torch and Megatron-core behind it, ready for `accelerator`; CUDA stays untouched.
+def load_framework(accelerator: str) -> RunRank:
+    """`rank.run_rank`, with torch and Megatron-core behind it ready for `accelerator`; CUDA stays untouched.
 
     Everything here must be safe to do before a fork: no thread is started and no device is opened.
     """
@@ -133,11 +136,11 @@ def load_framework(accelerator: str) -> ModuleType:
     with warnings.catch_warnings():
         # What runs instead is known: it is the reason for attention.py, and the measurement names it.
         warnings.filterwarnings("ignore", message=".*not installed.*")
-        from hptool.worker import rank  # noqa: PLC0415 (imports torch and megatron)
-    return rank
+        from hptool.worker.rank import run_rank  # noqa: PLC0415 (imports torch and megatron)
+    return run_rank
 
 
-def _fork_ranks(watch: "_Watch", rank_module: ModuleType, config: BaseConfig, node: Node) -> None:
+def _fork_ranks(watch: "_Watch", run_rank: RunRank, config: BaseConfig, node: Node) -> None:
     listener = listen() if node.count == 1 else None
     port = listener.getsockname()[1] if listener else node.port
     if config.trainer.accelerator == "cpu" and node.count == 1:
@@ -145,16 +148,18 @@ def _fork_ranks(watch: "_Watch", rank_module: ModuleType, config: BaseConfig, no
     meeting = Meeting(host=node.first_host, port=port, listener=listener.fileno() if listener else None)
     for local_rank in range(config.trainer.devices):
         rank = watch.first_rank + local_rank
-        place = rank_module.Place(
+        log = outcome.log_path(watch.directory, rank)
+        watch.log_starts[rank] = log.stat().st_size if log.exists() else 0
+        place = Place(
             rank=rank,
             local_rank=local_rank,
             world_size=config.gpus,
             directory=watch.directory,
-            log=outcome.log_path(watch.directory, rank),
+            log=log,
             meeting=meeting,
             memory_gib=watch.job.memory_gib_per_rank,
         )
-        child = processes.fork_rank(partial(rank_module.run_rank, config, place, watch.heartbeats), log=place.log)
+        child = processes.fork_rank(partial(run_rank, config, place, watch.heartbeats), log=log)
         watch.ranks[child] = rank
     if listener:
         listener.close()
@@ -162,13 +167,17 @@ def _fork_ranks(watch: "_Watch", rank_module: ModuleType, config: BaseConfig, no
 
 @dataclass(slots=True, kw_only=True)
 class _Watch:
-    """The node's ranks while they run: `ranks` holds those alive, by process."""
+    """The node's ranks while they run: `ranks` holds those alive, by process.
+
+    `log_starts` is where this attempt begins in each rank's log; an earlier one's words must not explain its end.
+    """
 
     directory: Path
     job: NodeJob
     first_rank: int
     heartbeats: processes.Heartbeats
     ranks: dict[int, int] = field(default_factory=dict)
+    log_starts: dict[int, int] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     oom_kills: int = field(default_factory=processes.oom_kills)
     first_left: float | None = None
@@ -193,7 +202,9 @@ class _Watch:
                 return self._stuck(FailureKind.TIMEOUT, f"not done after {self.job.max_minutes:g} minutes")
             if now - moved > self.job.hang_s and self.heartbeats.steps(0) > 0:
                 return self._stuck(FailureKind.HANG, f"no rank has finished a microbatch for {self.job.hang_s:g} s")
-        if outcome.is_measured(self.directory):
+        # On another node than the first rank's, a file may be seen late. But no rank leaves in peace before it is there.
+        left_in_peace = not self.ranks and self.first_rank > 0
+        if left_in_peace or outcome.is_measured(self.directory):
             return None
         running = f" while ranks {sorted(self.ranks.values())} still ran" if self.ranks else ""
         return self._failure(FailureKind.CRASH, f"ranks left without a measurement{running}", self.first_rank)
@@ -242,13 +253,16 @@ class _Watch:
     def _kind_of_log(self, rank: int) -> FailureKind:
         """A C++ library that finds no memory ends the process, and says so in the log only."""
         try:
-            end = outcome.log_path(self.directory, rank).read_text(encoding="utf-8", errors="replace")[-_LOG_END:]
+            written = outcome.log_path(self.directory, rank).read_bytes()[self.log_starts[rank] :]
         except OSError:
             return FailureKind.CRASH
+        end = written[-_LOG_END:].decode(errors="replace")
         return FailureKind.OOM if outcome.speaks_of_memory(end) else FailureKind.CRASH
 
-    def _stuck(self, kind: FailureKind, message: str) -> Failure:
+    def _stuck(self, kind: FailureKind, message: str) -> Failure | None:
         """A failure that blames the rank that is furthest behind, with everyone's stacks in their logs."""
+        if outcome.is_measured(self.directory):
+            return None  # only the leaving is stuck
         for child in self.ranks:
             processes.send(child, processes.SHOW_STACKS)
         time.sleep(_STACKS_S)

@@ -18,6 +18,7 @@ from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.measurement import Failure, Measurement
 from hptool.worker import supervisor
+from hptool.worker.nodes import Meeting, Place, listen
 
 #: For the whole of a run's process tree, because an endless recursion once took all of a machine's memory.
 _ADDRESS_SPACE_BYTES = 8 * 2**30
@@ -186,15 +187,14 @@ def exit_code_of(job: supervisor.NodeJob) -> int:
 
 def on_ranks(directory: Path, config: BaseConfig, function: Callable[[], Any]) -> list[Any]:
     """What `function` answers (as JSON) on each rank of this config, joined as the worker joins them."""
-    from hptool.worker import rank as rank_module  # noqa: PLC0415 (imports torch and megatron)
-    from hptool.worker.nodes import Meeting, listen  # noqa: PLC0415 (as above)
+    from hptool.worker.rank import join  # noqa: PLC0415 (imports torch and megatron)
 
     listener = listen()
     meeting = Meeting(host="127.0.0.1", port=listener.getsockname()[1], listener=listener.fileno())
     directory.mkdir(exist_ok=True)
     children = []
     for rank in range(config.gpus):
-        place = rank_module.Place(
+        place = Place(
             rank=rank,
             local_rank=rank,
             world_size=config.gpus,
@@ -202,8 +202,8 @@ def on_ranks(directory: Path, config: BaseConfig, function: Callable[[], Any]) -
             meeting=meeting,
         )
 
-        def work(place: rank_module.Place = place) -> int:
-            rank_module.join(config, place)
+        def work(place: Place = place) -> int:
+            join(config, place)
             (directory / f"answer-{place.rank}.json").write_text(json.dumps(function()))
             return 0
 

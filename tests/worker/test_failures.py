@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hptool.measurement import Failure, FailureKind
+from hptool.worker import supervisor
+from hptool.worker.nodes import Place
 from tests.worker.runs import Launcher, Run, write_set
 
 #: Steps for longer than any test takes.
@@ -97,6 +100,58 @@ def test_library_that_aborts_for_lack_of_memory_is_an_oom(launcher: Launcher) ->
     failure = only_failure(run)
     assert failure.kind is FailureKind.OOM
     assert "SIGABRT" in failure.message
+
+
+def test_earlier_attempt_in_the_log_does_not_explain_a_death(launcher: Launcher) -> None:
+    run = launcher.start(limits={"memory_gib_per_rank": 1.0}, model__max_position_embeddings=5_000_000)
+    assert run.wait() == 1
+    assert only_failure(run).kind is FailureKind.OOM
+    again = launcher.start_again(run, **ENDLESS)
+    again.until_step(2)
+    os.kill(again.ranks(1)[0], signal.SIGABRT)
+    assert again.wait(timeout_s=5.0) == 1
+    assert only_failure(again).kind is FailureKind.CRASH
+
+
+def test_rank_that_leaves_alone_is_a_crash(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_LEAVING_S", 0.5)
+    let_ranks(monkeypatch, lambda place: 0 if place.rank else wait_forever())
+    run = launcher.start(trainer__devices=2)
+    assert run.wait(timeout_s=5.0) == 1
+    failure = only_failure(run)
+    assert failure.kind is FailureKind.CRASH
+    assert "while ranks [0] still ran" in failure.message
+
+
+def test_ranks_that_leave_without_a_measurement_are_a_crash(
+    launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_ranks(monkeypatch, lambda _: 0)
+    run = launcher.start(trainer__devices=2)
+    assert run.wait(timeout_s=5.0) == 1
+    assert "ranks left without a measurement" in only_failure(run).message
+
+
+def test_measured_run_that_cannot_leave_counts(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_and_hang(place: Place) -> int:
+        (place.directory / "measurement.json").write_text("{}")
+        return wait_forever()
+
+    let_ranks(monkeypatch, measure_and_hang)
+    run = launcher.start(limits={"max_minutes": 0.01})
+    assert run.wait(timeout_s=5.0) == 0
+    assert run.failures == []
+
+
+def let_ranks(monkeypatch: pytest.MonkeyPatch, work: Callable[[Place], int]) -> None:
+    """Makes the ranks of the runs that start from now on do this instead of training."""
+    monkeypatch.setattr(supervisor, "load_framework", lambda _: lambda _config, place, _heartbeats: work(place))
+
+
+def wait_forever() -> int:
+    """Until the supervisor ends it."""
+    while True:
+        time.sleep(1.0)
 
 
 def test_error_on_one_rank_is_told_by_that_rank(launcher: Launcher, tmp_path: Path) -> None:

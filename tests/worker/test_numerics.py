@@ -7,8 +7,12 @@ import pytest
 
 from tests.worker.runs import Launcher
 
-#: Adding up in another order costs about 1e-7 a step in fp32; a wrong gradient costs 1e-2.
-TOLERANCE = 1e-4
+#: Adding up in another order has cost at most 1.3e-7 in fp32. What the norms' gradients lack where their sum over the
+#: tensor group is forgotten costs 1e-4.
+TOLERANCE = 1e-6
+
+#: Megatron's fused cross entropy rounds its gradient to bf16, in fp32 training too.
+BF16_GRADIENT_TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,6 @@ LAYOUTS = {
     "dot-product": layout(1, use_flash_attention=False),
     "dot-product-tp2": layout(2, **TP2, use_flash_attention=False),
     "query-key-layer-scaling": layout(1, apply_query_key_layer_scaling=True),
-    "fused-cross-entropy": layout(2, **TP2, cross_entropy_loss_fusion=True),
 }
 
 
@@ -63,9 +66,14 @@ def test_losses_equal_those_of_one_process(name: str, launcher: Launcher, one_pr
     assert list(launcher.run(**LAYOUTS[name]).losses) == pytest.approx(one_process, rel=TOLERANCE)
 
 
+def test_fused_cross_entropy_is_near(launcher: Launcher, one_process: list[float]) -> None:
+    losses = list(launcher.run(**layout(2, **TP2, cross_entropy_loss_fusion=True)).losses)
+    assert losses == pytest.approx(one_process, rel=BF16_GRADIENT_TOLERANCE)
+
+
 def test_losses_fall(one_process: list[float]) -> None:
     assert len(one_process) == 5
-    assert all(abs(a - b) > 10 * TOLERANCE * a for a, b in itertools.pairwise(one_process))
+    assert all(abs(a - b) > 1e-3 * a for a, b in itertools.pairwise(one_process))
     assert one_process[-1] < one_process[0] - 0.05
 
 
