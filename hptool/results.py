@@ -51,6 +51,14 @@ class OutcomeRecord:
         return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run says that it is."""
+
+    step: int
+    of: int
+
+
 class ResultsDirectory:
     """The directory of one search. Opening it creates nothing; `begin` does."""
 
@@ -144,6 +152,16 @@ class ResultsDirectory:
         except InputError as error:
             return Failure(kind=FailureKind.CRASH, message=f"left an unreadable result: {error}")
         return None
+
+    def read_progress(self, name: str) -> Progress | None:
+        """What the job says of itself while it runs; None where it has said nothing yet."""
+        path = self.run_directory(name) / "progress.json"
+        try:
+            found = files.parse_json(files.read_text(path), Progress, str(path))
+        except InputError:
+            return None
+        assert isinstance(found, Progress)  # noqa: S101 (what was asked for)
+        return found
 
 
 def _read_lines(path: Path, kind: type[Any]) -> Iterator[Any]:

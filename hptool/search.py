@@ -33,6 +33,9 @@ Say = Callable[[str], None]
 #: How long a job's files may take to appear after the scheduler says that it ended (shared file systems lag).
 _SETTLE_S = 5.0
 
+#: How often a wait says what it waits for.
+_TELL_S = 30.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
@@ -62,6 +65,11 @@ class Plan:
     candidates: Candidates
     predictions: Predictions
     directory: Path
+
+    @property
+    def planned_runs(self) -> int:
+        """How many layouts will be measured, if nothing else ends the search."""
+        return min(self.request.limit_search_runs, len(self.candidates.layouts))
 
     def document(self) -> Mapping[str, Any]:
         """What plan.json holds; a search may be resumed by a request with the same `search`."""
@@ -283,7 +291,8 @@ class _Campaign:
         self.under_way: dict[str, str] = {}  # layout name -> job id
         self._running_since: dict[str, float] = {}
         self._ended_since: dict[str, float] = {}
-        self._said: dict[str, str] = {}
+        self._states: dict[str, str] = {}
+        self._told_at = time.monotonic()
 
     def take_over(self) -> None:
         """Collect what an earlier process submitted: outcomes that it did not record, jobs that still live."""
@@ -333,12 +342,20 @@ class _Campaign:
                     message = f"still running {limit_s:.0f} s after its start; cancelled"
                     self._settle(name, job_id, outcome or Failure(kind=FailureKind.TIMEOUT, message=message))
             self._tell(name, status)
+        if self.under_way and now - self._told_at > _TELL_S:
+            self._told_at = now
+            self.say(f"waiting for {', '.join(self._progress(name) for name in self.under_way)}")
+
+    def _progress(self, name: str) -> str:
+        """A layout under way and how far it is, as far as its job has said so."""
+        told = self.results.read_progress(name)
+        return f"{name} (step {told.step} of {told.of})" if told else f"{name} ({self._states[name]})"
 
     def _tell(self, name: str, status: launch.JobStatus) -> None:
-        line = f"{name}: {status.state.value}{f', {status.detail}' if status.detail else ''}"
-        if name in self.under_way and self._said.get(name) != line:
-            self._said[name] = line
-            self.say(line)
+        state = f"{status.state.value}{f', {status.detail}' if status.detail else ''}"
+        if name in self.under_way and self._states.get(name) != state:
+            self._states[name] = state
+            self.say(f"{name}: {state}")
 
     def _without_files(self, job_id: str, status: launch.JobStatus) -> Failure:
         log = self.launcher.log_path(job_id)
@@ -359,7 +376,7 @@ class _Campaign:
         )
         self.results.record_outcome(record)
         self.outcomes[name] = record
-        done = f"{len(self.outcomes)}/{self.plan.request.limit_search_runs}"
+        done = f"{len(self.outcomes)}/{self.plan.planned_runs}"
         if isinstance(outcome, Measurement):
             rate = f"{outcome.model_tflops_per_gpu:.4g} TFLOPS/GPU, {outcome.step_time_s:.4g} s a step"
             self.say(f"[{done}] {name}: {rate}")
@@ -451,7 +468,7 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
         candidates=len(plan.candidates.layouts),
         rejections=plan.candidates.rejections,
         rows=rows,
-        planned_runs=min(plan.request.limit_search_runs, len(plan.candidates.layouts)),
+        planned_runs=plan.planned_runs,
         predictions=plan.predictions,
         notes=notes,
         optimal_path=str(results.optimal) if best is not None else None,

@@ -7,7 +7,7 @@ import pytest
 from hptool import files
 from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind, Measurement
-from hptool.results import OutcomeRecord, ResultsDirectory, Submission
+from hptool.results import OutcomeRecord, Progress, ResultsDirectory, Submission
 from tests import samples
 
 PLAN = {"search": {"model": "gpt3/tiny", "space": {"tp": [1, 2]}}, "limit_search_runs": 4}
@@ -106,6 +106,15 @@ def test_a_new_try_never_sees_the_files_of_the_last(results: ResultsDirectory) -
     results.prepare_run("a", "try: 2")
     assert results.read_outcome("a") is None
     assert (results.path / "runs" / "a.interrupted-1" / "failure-rank0.json").is_file()
+
+
+def test_progress_is_what_the_job_last_said(results: ResultsDirectory) -> None:
+    directory = results.prepare_run("a", "run: {}")
+    assert results.read_progress("a") is None
+    (directory / "progress.json").write_text('{"step": 3, "of": 20, "tokens_per_s": 1.5}')
+    assert results.read_progress("a") == Progress(step=3, of=20)
+    (directory / "progress.json").write_text('{"step": 4, "o')
+    assert results.read_progress("a") is None
 
 
 def test_candidates_are_written_whole_or_not_at_all(results: ResultsDirectory) -> None:

@@ -202,7 +202,7 @@ class _Watch:
                 return self._stuck(FailureKind.TIMEOUT, f"not done after {self.job.max_minutes:g} minutes")
             if now - moved > self.job.hang_s and self.heartbeats.steps(0) > 0:
                 return self._stuck(FailureKind.HANG, f"no rank has finished a microbatch for {self.job.hang_s:g} s")
-        # On another node than the first rank's, a file may be seen late. But no rank leaves in peace before it is there.
+        # Other nodes than the first rank's may see its file late. But no rank leaves in peace before it is there.
         left_in_peace = not self.ranks and self.first_rank > 0
         if left_in_peace or outcome.is_measured(self.directory):
             return None
