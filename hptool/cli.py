@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,44 +19,42 @@ from hptool.errors import HptoolError, InputError, LaunchError
 _SIGNALLED = 128
 
 
-class _Integers(click.ParamType[Any]):
-    """`1,2,4`, or `auto` for None."""
+class _ListOrAuto(click.ParamType[Any]):
+    """Words between commas, or `auto` for None."""
 
     name = "list|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        if value == "auto":
-            return None
-        if not re.fullmatch(r"\d+(,\d+)*", value):
-            self.fail(f"{value!r} given, allowed is auto or whole numbers such as 1,2,4", param, ctx)
-        return tuple(int(word) for word in value.split(","))
+        try:
+            return None if value == "auto" else tuple(item for word in value.split(",") for item in self.items(word))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def items(self, word: str) -> Sequence[Any]:
+        """What one word stands for; ValueError where it stands for nothing."""
+        raise NotImplementedError
 
 
-class _RecomputeModes(click.ParamType[Any]):
-    """`none,selective,full`, `uniform-N`, `block-N`, or `auto` for None."""
+class _Integers(_ListOrAuto):
+    def items(self, word: str) -> Sequence[int]:
+        if not re.fullmatch(r"[0-9]+", word):
+            raise ValueError(f"{word!r} given, allowed is auto or whole numbers such as 1,2,4")
+        return [int(word)]
 
-    name = "list|auto"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        if value == "auto":
-            return None
-        modes: list[tuple[Recompute, int | None]] = []
-        for word in value.split(","):
-            match = re.fullmatch(r"(none|selective|full)|(uniform|block)(?:-(\d+))?", word)
-            if match is None:
-                self.fail(f"{word!r} given, allowed is auto, none, selective, full, uniform[-N], block[-N]", param, ctx)
-            plain, method, count = match.groups()
-            if plain == "full":
-                modes += [(Recompute.UNIFORM, None), (Recompute.BLOCK, None)]
-            elif plain:
-                modes.append((Recompute[plain.upper()], None))
-            else:
-                modes.append((Recompute[method.upper()], int(count) if count else None))
-        return tuple(modes)
+class _RecomputeModes(_ListOrAuto):
+    def items(self, word: str) -> Sequence[tuple[Recompute, int | None]]:
+        match = re.fullmatch(r"(none|selective|full)|(uniform|block)(?:-([0-9]+))?", word)
+        if match is None:
+            raise ValueError(f"{word!r} given, allowed is auto, none, selective, full, uniform[-N], block[-N]")
+        plain, method, count = match.groups()
+        if plain == "full":
+            return [(Recompute.UNIFORM, None), (Recompute.BLOCK, None)]
+        if plain:
+            return [(Recompute[plain.upper()], None)]
+        return [(Recompute[method.upper()], int(count) if count else None)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

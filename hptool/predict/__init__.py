@@ -2,19 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hptool.candidates import IntColumn, Layouts, Workload
 from hptool.facts import Cluster
 from hptool.predict.flops import model_flops_per_step
 from hptool.predict.memory import RELATIVE_ERROR, Memory, predict_memory
+from hptool.predict.parts import Column
 from hptool.predict.step_time import StepTime, predict_step_time
 from hptool.units import TERA
-
-Column = NDArray[Any]  # numbers, one a row
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 

@@ -5,17 +5,14 @@ dropout they add up to the 34·s·b·h of Korthikanti et al. 2022 (arXiv:2205.05
 """
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hptool.candidates import IntColumn, Layouts, Recompute, Workload
 from hptool.facts import GpuSpec, Precision
 from hptool.predict.parallel import data_parallel, microbatches
+from hptool.predict.parts import Column, add_up
 from hptool.units import GIB, MIB
-
-Column = NDArray[Any]  # numbers, one a row
 
 #: Bytes of a weight, of its gradient, and of its optimizer state before sharding. Adam keeps two fp32 moments, and
 #: beside bf16 weights an fp32 copy; bf16 gradients are accumulated in fp32 (Megatron's distributed optimizer:
@@ -51,7 +48,7 @@ class Memory:
     @property
     def total_gib(self) -> Column:
         """All of it."""
-        return np.asarray(np.sum([getattr(self, field.name) for field in fields(self)], axis=0))
+        return add_up(self)
 
 
 def rank_parameters(t: Layouts, work: Workload, *, first: bool, last: bool) -> IntColumn:

@@ -4,20 +4,17 @@ A sum of closed-form terms: work over peak times an efficiency, bytes over bandw
 The efficiencies and links are facts of the GPU and the cluster (`cluster/`), none belongs to a model.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hptool.candidates import BoolColumn, IntColumn, Layouts, Recompute, Workload
 from hptool.facts import Cluster, Link
 from hptool.predict.flops import attention_flops_per_token, logit_flops_per_token
 from hptool.predict.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, rank_parameters
 from hptool.predict.parallel import cp_inside_node, data_parallel, dp_inside_node, microbatches, pp_inside_node
+from hptool.predict.parts import Column, add_up
 from hptool.units import GB, MICRO, TERA
-
-Column = NDArray[Any]  # numbers, one a row
 
 #: A backward pass costs twice its forward GEMMs; flash attention also recomputes its scores: 2.5 (Dao 2023,
 #: arXiv:2307.08691, section 3.1: seven GEMMs backward against two forward, of which the tiles save one and a half).
@@ -56,7 +53,7 @@ class StepTime:
     @property
     def total_s(self) -> Column:
         """All of it."""
-        return np.asarray(np.sum([getattr(self, field.name) for field in fields(self)], axis=0))
+        return add_up(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -4,10 +4,8 @@ Only for a process whose config says `trainer.accelerator: cpu`. Without them no
 tensor with device="cuda". With them tensor, pipeline, data and context parallelism work over gloo as they do over NCCL.
 """
 
-import contextlib
 import functools
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,50 +13,8 @@ import torch
 
 _CPU = torch.device("cpu")
 
-#: The functions by which Megatron-core makes tensors on "the device".
-_FACTORIES = (
-    "arange",
-    "empty",
-    "empty_like",
-    "full",
-    "ones",
-    "ones_like",
-    "tensor",
-    "zeros",
-    "zeros_like",
-)
-
-
-class _Event:
-    """A CUDA event whose work is done by the time it is recorded."""
-
-    def __init__(self, **_: object) -> None:
-        self.time = time.perf_counter()
-
-    def record(self, *_: object) -> None:
-        self.time = time.perf_counter()
-
-    def wait(self, *_: object) -> None:
-        """The work is done."""
-
-    def synchronize(self) -> None:
-        """The work is done."""
-
-
-class _Stream:
-    """A CUDA stream that is always in step with every other."""
-
-    def __init__(self, **_: object) -> None:
-        """Streams of all devices and priorities are this one."""
-
-    def wait_stream(self, _: object) -> None:
-        """Nothing is ever behind."""
-
-    def wait_event(self, _: object) -> None:
-        """Nothing is ever behind."""
-
-    def synchronize(self) -> None:
-        """Nothing is ever behind."""
+#: The functions that Megatron-core gives the literal device="cuda": in the schedules, the masks and the optimizer.
+_FACTORIES = ("ones", "tensor", "zeros")
 
 
 @functools.cache  # patching twice would wrap the wrappers
@@ -68,21 +24,14 @@ def stand_in_for_cuda() -> None:
     setattr(torch, "compile", _not_compiled)  # noqa: B010 (mypy will not have a function replaced)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    # One object each: torch._dynamo keeps a table of torch's functions by identity.
     stand_ins: dict[str, object] = {
         "current_device": lambda: _CPU,  # passed on as `device=`
-        "device_count": lambda: 1,
-        "synchronize": lambda *_: None,
-        "Stream": _Stream,
-        "Event": _Event,
-        "current_stream": lambda *_: _Stream(),
-        "stream": lambda *_: contextlib.nullcontext(),
-        "is_current_stream_capturing": lambda: False,
-        # torch.manual_seed would call torch.cuda.manual_seed_all, and so this again
+        "synchronize": lambda *_: None,  # nothing is ever behind
+        "current_stream": lambda *_: None,  # Megatron-core 0.19 hands it on, no more
+        # One generator for all. Not torch.manual_seed, which would call manual_seed_all, and so this again.
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "manual_seed_all": lambda _: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)

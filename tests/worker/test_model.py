@@ -162,3 +162,28 @@ def test_initial_weights_have_the_wanted_spread(tmp_path: Path, scaled: bool) ->
         is_output = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         expected = 0.05 / (2 * config.shape.num_layers) ** 0.5 if scaled and is_output else 0.05
         assert std == pytest.approx(expected, rel=0.05), name
+
+
+def test_ranks_of_a_tensor_group_draw_alike_outside_and_apart_inside_the_fork(tmp_path: Path) -> None:
+    config = tiny_config(**TP2)
+
+    def draw() -> dict[str, Any]:
+        import torch  # noqa: PLC0415 (heavy)
+        from megatron.core import tensor_parallel  # noqa: PLC0415 (heavy)
+
+        from hptool.worker import model  # noqa: PLC0415 (imports torch and megatron)
+
+        before = torch.rand(4).tolist()
+        with tensor_parallel.get_cuda_rng_tracker().fork():
+            inside = torch.rand(4).tolist()
+        after = torch.rand(4).tolist()
+        (chunk,) = model.build_chunks(config, model.transformer_config(config))
+        weight = chunk.decoder.layers[0].mlp.linear_fc1.weight
+        return {"before": before, "inside": inside, "after": after, "weight": float(weight.sum())}
+
+    first, second = on_ranks(tmp_path, config, draw)
+    assert first["before"] == second["before"]
+    assert first["after"] == second["after"]
+    assert first["inside"] != second["inside"]
+    assert first["weight"] != second["weight"]
+    assert len({str(first[key]) for key in ("before", "inside", "after")}) == 3

@@ -36,6 +36,7 @@ LAYOUTS = {
     "tp2-no-sp": layout(2, **TP2, sequence_parallel=False),
     "pp2": layout(2, **PP2),
     "pp2-unbatched": layout(2, **PP2, batch_p2p_comm=False),
+    "pp2-synchronised": layout(2, **PP2, sync_batch_comm=True),
     "tp2-pp2": layout(4, **TP2, **PP2),
     "pp2-vpp2": layout(2, **PP2, virtual_pipeline_model_parallel_size=2),
     "dp2": layout(2),
@@ -97,3 +98,22 @@ def test_dropout_changes_the_losses(launcher: Launcher, one_process: list[float]
     )
     # Recomputation must drop what the forward pass dropped.
     assert list(recomputed.losses) == pytest.approx(list(run.losses), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer__gradient_clip_val": 0.0},
+        {"model__share_embeddings_and_output_weights": False},
+        {"model__bias": False},
+        {"model__num_query_groups": 2},
+        {"model__use_cpu_initialization": True},
+        {"model__bias_dropout_add_fusion": False, "model__bias_activation_fusion": False},
+        {"model__gc_interval": 1},
+    ],
+    ids=str,
+)
+def test_other_models_do_not_depend_on_the_layout_either(launcher: Launcher, changes: dict[str, Any]) -> None:
+    whole = launcher.run(**changes)
+    cut = launcher.run(**layout(4, **TP2, **PP2), **changes)
+    assert list(cut.losses) == pytest.approx(list(whole.losses), rel=TOLERANCE)
