@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import platform
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,8 +89,26 @@ class Plan:
                 "max_minutes_per_run": request.max_minutes_per_run,
             },
             "limit_search_runs": request.limit_search_runs,
-            "hptool": __version__,
+            "versions": {"hptool": __version__, "revision": _revision(), "python": platform.python_version()},
         }
+
+
+def _revision() -> str | None:
+    """The commit of a checkout, for those who want to repeat a search; None for an installed package."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603 (fixed words)
+            ["git", "-C", str(package), "describe", "--always", "--dirty"],  # noqa: S607 (git is wherever PATH has it)
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def search_train(request: SearchRequest, say: Say) -> tuple[report.Report, Path]:

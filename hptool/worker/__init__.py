@@ -4,6 +4,7 @@ __main__     the command: train from a config, as a node's supervisor or as one 
 supervisor   `run_node`: forks the node's ranks, watches them, ends them; imports torch and megatron late
 processes    forking a rank, its limits and its log; the heartbeat
 nodes        which node of the job this is, what its ranks are called, and where they meet
+refusals     what cannot run, said before anything is started
 outcome      measurement.json, or the one failure that came first
 rank         one rank from the process group to its outcome
 training     the loop and its clock
