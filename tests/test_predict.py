@@ -49,12 +49,9 @@ def test_activations_add_up_to_the_published_34_bytes() -> None:
     # parallelism, and 5·a·s²·b more for attention without a flash kernel.
     work = replace(GPT3_175B, dropout=True)
     tp8 = Layouts.of([Layout(tp=8, pp=1)])
-    flash = predict_memory(tp8, work, replace(files.read_gpu("a100", "test"), device="cpu", reserved_gib=0.0))
-    unfused = predict_memory(
-        tp8,
-        replace(work, flash_attention=False),
-        replace(files.read_gpu("a100", "test"), device="cpu", reserved_gib=0.0),
-    )
+    gpu = files.read_gpu("a100", "test")
+    flash = predict_memory(tp8, work, gpu)
+    unfused = predict_memory(tp8, replace(work, flash_attention=False), gpu)
     s, h, a, layers = 2048, 12288, 96, 96
     assert flash.activations_gib[0] * 2**30 == pytest.approx(layers * 34 * s * h / 8, rel=0.005)
     more = (unfused.activations_gib[0] - flash.activations_gib[0]) * 2**30

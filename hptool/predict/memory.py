@@ -10,7 +10,7 @@ import numpy as np
 
 from hptool.candidates import IntColumn, Layouts, Recompute, Workload
 from hptool.facts import GpuSpec, Precision
-from hptool.predict.parallel import data_parallel, microbatches
+from hptool.predict.parallel import data_parallel, keeps_scores_on_chip, microbatches
 from hptool.predict.parts import Column, add_up
 from hptool.units import GIB, MIB
 
@@ -72,7 +72,7 @@ def rank_parameters(t: Layouts, work: Workload, *, first: bool, last: bool) -> I
     return parameters
 
 
-def layer_activation_bytes(t: Layouts, work: Workload) -> Column:
+def layer_activation_bytes(t: Layouts, work: Workload, gpu: GpuSpec) -> Column:
     """Bytes that one layer saves for the backward pass of one microbatch, without recomputing whole layers."""
     shape = work.shape
     element = WEIGHT_BYTES[work.precision]
@@ -82,22 +82,24 @@ def layer_activation_bytes(t: Layouts, work: Workload) -> Column:
     on_hidden = shape.hidden_size * (4 * element + (2 if work.dropout else 0)) / hidden_split
     # Queries, keys, values, the attention's output, and the MLP's activation before and after GELU.
     on_heads = (2 * shape.attention_width + 2 * shape.kv_width + 2 * shape.ffn_hidden_size) * element / t.tp
+    # With context parallelism each rank keeps the keys and values that it gathered from all, beside its own.
+    gathered = np.where(t.cp > 1, 2 * shape.kv_width * t.cp * element / t.tp, 0)
     heads_per_rank = shape.num_attention_heads / t.tp
-    if work.flash_attention:
+    if keeps_scores_on_chip(work, gpu):
         attention = 4 * heads_per_rank * tokens  # the softmax's log-sum-exp, fp32
     else:
         # Softmax, and with dropout its mask and result: 5·a·s²·b in bf16.
         per_score = 2 * element + 1 if work.dropout else element
         scores = per_score * heads_per_rank * tokens * shape.seq_length
         attention = np.where(t.recompute == Recompute.SELECTIVE, 0, scores)
-    return np.asarray((on_hidden + on_heads + NORM_STATISTICS_BYTES) * tokens + attention, dtype=np.float64)
+    return np.asarray((on_hidden + on_heads + gathered + NORM_STATISTICS_BYTES) * tokens + attention, dtype=np.float64)
 
 
-def _activation_bytes(t: Layouts, work: Workload, in_flight: Column) -> Column:
+def _activation_bytes(t: Layouts, work: Workload, gpu: GpuSpec, in_flight: Column) -> Column:
     """All saved activations of a stage: `in_flight` counts microbatches of a chunk, L/(pp·vpp) layers each."""
     shape = work.shape
     layers = shape.num_layers / (t.pp * t.vpp)
-    whole = layer_activation_bytes(t, work)
+    whole = layer_activation_bytes(t, work, gpu)
     # A recomputed layer (or chunk of layers) keeps its input alone, and one is rebuilt at a time.
     tokens = t.mbs * shape.seq_length / t.cp
     inputs = tokens * shape.hidden_size * WEIGHT_BYTES[work.precision] / np.where(work.sequence_parallel, t.tp, 1)
@@ -134,7 +136,7 @@ def _stage(t: Layouts, work: Workload, gpu: GpuSpec, *, first: bool) -> Memory:
     # Logits in the model's precision and their softmax in fp32.
     vocab = -(-shape.vocab_size // (work.vocab_divisor * t.tp)) * work.vocab_divisor
     has_logits = single if first else np.ones(len(t))
-    activations = _activation_bytes(t, work, in_flight.astype(np.float64))
+    activations = _activation_bytes(t, work, gpu, in_flight.astype(np.float64))
     states = parameters.astype(np.float64)
     sharded = states / (data_parallel(t, work) * t.cp)
     parts = {

@@ -1,6 +1,7 @@
-"""What follows from a layout and its workload: replicas, microbatches, parameters and groups of ranks."""
+"""What follows from a layout, its workload and the device: replicas, microbatches, kernels, groups of ranks."""
 
 from hptool.candidates import BoolColumn, IntColumn, Layouts, Workload
+from hptool.facts import GpuSpec
 
 
 def data_parallel(t: Layouts, work: Workload) -> IntColumn:
@@ -11,6 +12,11 @@ def data_parallel(t: Layouts, work: Workload) -> IntColumn:
 def microbatches(t: Layouts, work: Workload) -> IntColumn:
     """Microbatches that each replica works through in a step."""
     return work.gbs // (t.mbs * data_parallel(t, work))
+
+
+def keeps_scores_on_chip(work: Workload, gpu: GpuSpec) -> bool:
+    """A flash kernel computes the attention. torch's for CPUs knows no dropout and gives way to plain GEMMs."""
+    return work.flash_attention and not (gpu.device == "cpu" and work.dropout)
 
 
 # Megatron numbers ranks with TP fastest, then CP, then DP, then PP: a group is inside a node as long as the

@@ -12,7 +12,14 @@ from hptool.candidates import BoolColumn, IntColumn, Layouts, Recompute, Workloa
 from hptool.facts import Cluster, Link
 from hptool.predict.flops import attention_flops_per_token, logit_flops_per_token
 from hptool.predict.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, rank_parameters
-from hptool.predict.parallel import cp_inside_node, data_parallel, dp_inside_node, microbatches, pp_inside_node
+from hptool.predict.parallel import (
+    cp_inside_node,
+    data_parallel,
+    dp_inside_node,
+    keeps_scores_on_chip,
+    microbatches,
+    pp_inside_node,
+)
 from hptool.predict.parts import Column, add_up
 from hptool.units import GB, MICRO, TERA
 
@@ -29,9 +36,10 @@ MLP_PASSES = 2
 #: Passes over the attention scores where no flash kernel keeps them on the chip: mask, softmax, dropout.
 SCORE_PASSES = 4
 
-#: Operations that the host launches in a layer's forward pass; the backward pass launches twice as many.
-#: Counted by dispatching one layer of Megatron-core 0.16.1 with local layers and torch's attention.
-OPERATIONS_PER_LAYER = 40
+#: Operations that the host launches for a layer, views not counted. Counted by dispatching models of two and four
+#: layers of Megatron-core 0.16.1 with local layers, dropout and torch's attention on a CPU.
+FORWARD_OPERATIONS = 45
+BACKWARD_OPERATIONS = 57
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,8 +94,10 @@ def predict_step_time(t: Layouts, work: Workload, cluster: Cluster) -> StepTime:
     selective = np.where(t.recompute == Recompute.SELECTIVE, layers, 0)
     recompute = again * layer.total_s + selective * layer.attention_s
     busy = gemm + attention + memory_bound + recompute
-    launched = (3 * layers + again) * OPERATIONS_PER_LAYER * gpu.launch_overhead_us * MICRO
-    launch = np.maximum(0.0, launched - busy)
+    operations = layers * (FORWARD_OPERATIONS + BACKWARD_OPERATIONS) + again * FORWARD_OPERATIONS
+    launched = operations * gpu.launch_overhead_us * MICRO
+    # A GPU works while the host launches ahead, and waits where it cannot; a CPU is its own host.
+    launch = np.maximum(0.0, launched - busy) if gpu.device == "cuda" else launched
 
     tp_communication = _tp_communication(t, work, cluster, layers, again)
     cp_communication = _cp_communication(t, work, cluster, layers, again)
@@ -132,7 +142,7 @@ def _layer(t: Layouts, work: Workload, cluster: Cluster) -> _Layer:
     tokens = t.mbs * shape.seq_length / t.cp
     split = HIDDEN_PASSES * shape.hidden_size / _hidden_split(t, work)
     elements = tokens * (split + MLP_PASSES * shape.ffn_hidden_size / t.tp)
-    if not work.flash_attention:  # scores written and read: scaled and masked, softmaxed, dropped out, weighted
+    if not keeps_scores_on_chip(work, cluster.gpu):  # written and read once for each
         elements = elements + SCORE_PASSES * shape.num_attention_heads / t.tp * tokens * shape.seq_length
     return _Layer(
         gemm_s=2 * shape.layer_matmul_parameters * tokens / t.tp / (peak * efficiency.gemm),
