@@ -49,7 +49,7 @@ class TrainerSection:
     accelerator: Literal["gpu", "cpu"] = "gpu"
     precision: Literal["bf16", "bf16-mixed", 32, "32", "32-true"] = "bf16"
     logger: bool = False
-    enable_checkpointing: bool = False
+    enable_checkpointing: Literal[False] = False
     use_distributed_sampler: bool = False
     max_epochs: int | None = None
     max_steps: int = 100
@@ -223,7 +223,7 @@ class BaseConfig:
     def __post_init__(self) -> None:
         problems = _contradictions(self)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
 
     @property
     def shape(self) -> ModelShape:
@@ -431,7 +431,7 @@ def render(template: str, preset: Preset, cluster: Cluster, num_nodes: int) -> s
         num_nodes=num_nodes,
         max_steps=max_steps,
         time_limit=_slurm_time(limit),
-        max_time=_lightning_time(max(limit - _MARGIN, limit / 2)),
+        max_time=lightning_time(max(limit - _MARGIN, limit / 2)),
         init_method_std=round(0.64 / preset.hidden_size**0.5, 6),
         warmup_steps=int(_WARMUP_FRACTION * max_steps),
         constant_steps=int(_CONSTANT_FRACTION * max_steps),
@@ -451,6 +451,6 @@ def _slurm_time(span: timedelta) -> str:
     return "{}-{:02}:{:02}:{:02}".format(*_clock(span))
 
 
-def _lightning_time(span: timedelta) -> str:
+def lightning_time(span: timedelta) -> str:
     """As Lightning's trainer reads it: DD:HH:MM:SS."""
     return "{:02}:{:02}:{:02}:{:02}".format(*_clock(span))

@@ -46,7 +46,7 @@ class _Integers(_ListOrAuto):
 
 class _RecomputeModes(_ListOrAuto):
     def items(self, word: str) -> Sequence[tuple[Recompute, int | None]]:
-        match = re.fullmatch(r"(none|selective|full)|(uniform|block)(?:-([0-9]+))?", word)
+        match = re.fullmatch(r"(none|selective|full)|(uniform|block)(?:-?([0-9]+))?", word)
         if match is None:
             raise ValueError(f"{word!r} given, allowed is auto, none, selective, full, uniform[-N], block[-N]")
         plain, method, count = match.groups()
@@ -91,7 +91,7 @@ Examples:
     type=_RecomputeModes(),
     default="auto",
     show_default=True,
-    help="Activation checkpointing: none, selective, full, uniform-N, block-N.",
+    help="Activation checkpointing: none, selective, uniform[-N], block[-N], full (uniform and block).",
 )
 @click.option(
     "--results",

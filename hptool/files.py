@@ -120,7 +120,7 @@ def parse_json(text: str, kind: Any, source: str) -> Any:
 
 def nearest(word: str, allowed: Sequence[str]) -> str:
     """A hint: the closest of `allowed`, or all of them where none is close."""
-    close = difflib.get_close_matches(word, allowed, n=1)
+    close = [x for x in allowed if x.endswith(f"/{word}")] or difflib.get_close_matches(word, allowed, n=1)
     return f"did you mean {close[0]}?" if close else f"allowed are {', '.join(sorted(allowed))}"
 
 
@@ -145,7 +145,7 @@ def _validation_lines(error: ValidationError) -> Iterator[str]:
         if item["type"] in ("missing", "missing_argument"):
             yield f"{where}: required key is missing"
         elif item["type"] == "value_error":
-            yield f"{where}: {message}" if where else message
+            yield from (f"{where}: {line}" if where else line for line in message.splitlines())
         else:
             allowed = message.removeprefix("Input should be ").removeprefix("a valid ")
             yield f"{where}: {item['input']!r} given, allowed is {allowed}"
@@ -190,22 +190,18 @@ def read_gpu(name: str, source: str) -> GpuSpec:
 
 def read_cluster(name_or_path: str) -> Cluster:
     """A profile by its name under `cluster/`, or by the path of a YAML file."""
-    path = named_file(name_or_path, data_directory("cluster"), "cluster profile")
+    path = named_file(name_or_path, data_directory("cluster"), "*.yaml", "cluster profile")
     document = read_yaml(path)
     if isinstance(document, Mapping) and isinstance(document.get("gpu"), str):
         document = {**document, "gpu": dataclasses.asdict(read_gpu(document["gpu"], str(path)))}
     return parse(document, Cluster, str(path))
 
 
-def named_file(name_or_path: str, directory: Path, what: str) -> Path:
-    """`directory/NAME.yaml` for a plain name such as `gpt3/126m`; a path ending in .yaml or .yml as it is."""
+def named_file(name_or_path: str, directory: Path, pattern: str, what: str) -> Path:
+    """`directory/NAME.yaml` for a name among those of `pattern`; a path ending in .yaml or .yml as it is."""
     if name_or_path.endswith((".yaml", ".yml")):
         return Path(name_or_path)
-    known = sorted(
-        str(p.relative_to(directory).with_suffix(""))
-        for p in directory.rglob("*.yaml")
-        if p.relative_to(directory).parts[0] != "gpus"
-    )
+    known = sorted(str(p.relative_to(directory).with_suffix("")) for p in directory.glob(pattern))
     if name_or_path not in known:
         raise InputError(
             f"{name_or_path}: unknown {what}; {nearest(name_or_path, known)} (or give the path of a .yaml file)"

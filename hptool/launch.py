@@ -6,6 +6,7 @@ asks accounting alone and waits for ever without it.
 """
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
@@ -111,7 +112,7 @@ def _node_job(run: Run, cluster: Cluster, owner_pid: int | None) -> NodeJob:
         max_minutes=run.max_minutes,
         memory_gib_per_rank=cluster.gpu.memory_gib if cluster.gpu.device == "cpu" else None,
         owner_pid=owner_pid,
-        environment=dict(cluster.environment),
+        environment=dict(cluster.environment) if cluster.scheduler == "local" else {},
     )
 
 
@@ -212,9 +213,10 @@ _COMMAND_TIMEOUT_S = 30
 _UNKNOWN_PATIENCE_S = 10
 
 
-def slurm_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
-    """What `sbatch` is asked for, in submitit's names."""
+def slurm_parameters(cluster: Cluster, *, nodes: int, time_limit: int | str, name: str) -> dict[str, Any]:
+    """What `sbatch` is asked for, in submitit's names; the limit in minutes, or as sbatch reads it."""
     options = cluster.slurm
+    environment = [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
     extra: dict[str, Any] = {
         # submitit asks for USR2 before the limit, which a short job gets at its very start; SIGCONT to the batch
         # shell does nothing.
@@ -224,34 +226,41 @@ def slurm_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
         **options.extra_options,
     }
     parameters: dict[str, Any] = {
-        "job_name": "hptool",
+        "job_name": name,
         "partition": options.partition,
         "account": options.account,
         "qos": options.qos,
         "constraint": options.constraint,
         "exclusive": options.exclusive or None,
-        "nodes": run.nodes,
+        "nodes": nodes,
         # One supervisor a node; it starts the node's ranks.
         "ntasks_per_node": 1,
         "cpus_per_task": options.cpus_per_gpu * cluster.gpus_per_node,
         "gpus_per_node": cluster.gpus_per_node if cluster.gpu.device == "cuda" else None,
         "mem": f"{options.mem_gib_per_node}G" if options.mem_gib_per_node else None,
-        "time": int(-(-run.max_minutes // 1)) + _SCHEDULER_MARGIN_MINUTES,
+        "time": time_limit,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
         # A node whose supervisor gives up takes the other nodes down with it, at once.
         "srun_args": ["--kill-on-bad-exit=1"],
-        "setup": list(options.setup) or None,
+        "setup": [*options.setup, *environment] or None,
         "additional_parameters": extra,
     }
     # submitit would mark every job with a workload key, which sites that track those refuse.
     return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
 
 
-def batch_script(run: Run, cluster: Cluster, folder: Path, python: str = sys.executable) -> str:
-    """The script that `submit` would hand to sbatch for this run alone."""
-    command = shlex.join([python, "-u", "-m", "submitit.core._submit", str(folder)])
-    return str(_make_sbatch_string(command=command, folder=folder, **slurm_parameters(run, cluster)))
+def run_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
+    """As `slurm_parameters`, for a timed run."""
+    minutes = math.ceil(run.max_minutes) + _SCHEDULER_MARGIN_MINUTES
+    name = f"hptool-{run.directory.parent.parent.name}"
+    return slurm_parameters(cluster, nodes=run.nodes, time_limit=minutes, name=name)
+
+
+def batch_script(parameters: Mapping[str, Any], config: Path, output: Path, python: str = sys.executable) -> str:
+    """A script for sbatch that trains a config as the search's own jobs do, its logs and numbers in `output`."""
+    worker = shlex.join([python, "-u", "-m", "hptool.worker", str(config), "--output", str(output)])
+    return str(_make_sbatch_string(command=worker, folder=output, **parameters))
 
 
 class SlurmLauncher:
@@ -275,7 +284,7 @@ class SlurmLauncher:
             same = list(group)
             jobs = [_node_job(run, self._cluster, None) for run in same]
             executor = submitit.SlurmExecutor(self._folder)
-            executor.update_parameters(**slurm_parameters(same[0], self._cluster))
+            executor.update_parameters(**run_parameters(same[0], self._cluster))
             # No interruption between a job's start and the note of its id, or it would be nobody's.
             with blocked(signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _refusals(self._folder):
                 for run, job in zip(same, executor.map_array(run_node, jobs), strict=True):
@@ -308,10 +317,10 @@ class SlurmLauncher:
                 self._scancel([job_id])
                 detail = f"Slurm will never start it ({reason})"
                 return JobStatus(state=JobState.LOST, detail=detail, meaning=FailureKind.REJECTED)
-            return JobStatus(state=JobState.PENDING, detail=f"{state} ({reason})")
+            return JobStatus(state=JobState.PENDING, detail=reason)
         if state in _ACTIVE:
             self._missing_since.pop(job_id, None)
-            return JobStatus(state=JobState.RUNNING, detail=state)
+            return JobStatus(state=JobState.RUNNING, detail="" if state == "RUNNING" else state)
         if state:
             word = state.partition(" ")[0].rstrip("+")
             detail = f"Slurm ended job {job_id}: {state}{f' ({reason})' if reason not in ('', 'None') else ''}"
@@ -368,8 +377,9 @@ def _refusals(folder: Path) -> Iterator[None]:
         for pattern in ("*.pkl", ".submission_file_*.sh"):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        said = [line.strip() for line in str(error).splitlines() if "error:" in line or "sbatch:" in line]
-        raise LaunchError("\n".join(said) or f"sbatch failed: {_last_line(str(error))}") from error
+        said = [line.partition("sbatch: ")[2] for line in str(error).splitlines() if "sbatch: " in line]
+        words = "\n".join(dict.fromkeys(said)) or _last_line(str(error))
+        raise LaunchError(f"sbatch refused: {words}") from error
 
 
 def _slurm(*command: str) -> subprocess.CompletedProcess[str]:

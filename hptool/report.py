@@ -122,7 +122,7 @@ def why_nothing_ran(report: Report) -> str | None:
     if report.winner:
         return None
     if not report.rows:
-        return "No layout was run."
+        return "No layout was run; the ranking is by predicted throughput times the chance of fitting."
     kinds: dict[str, int] = {}
     for row in report.failed:
         assert row.failure  # noqa: S101 (what `failed` means)
@@ -210,11 +210,10 @@ def html(report: Report) -> str:
 
 def print_table(report: Report, console: Console, top: int) -> None:
     """The answer in 80 columns: the best `top` layouts, failures, rejections, and what to do with the winner."""
-    unit = "TFLOPS/GPU" if report.cluster.gpu.device == "cuda" else "TFLOPS/rank"
     table = Table(title=f"{report.model} on {report.nodes} × {report.cluster.name}", title_justify="left", box=None)
     table.add_column("#", justify="right")
     table.add_column("layout", no_wrap=True)
-    for heading in ("step s", "predicted", unit, "MFU", "GiB"):
+    for heading in ("step s", "predicted", "TFLOPS/GPU", "MFU", "GiB"):
         table.add_column(heading, justify="right")
     for rank, row in enumerate(report.measured[:top], start=1):
         m = row.measurement
@@ -231,14 +230,17 @@ def print_table(report: Report, console: Console, top: int) -> None:
     if report.measured:
         console.print(table)
     elif not report.rows:
-        console.print(_expected_table(report, top, unit))
+        console.print(_expected_table(report, top))
     say = partial(console.print, soft_wrap=True, markup=False)
     for row in report.failed:
         assert row.failure  # noqa: S101 (what `failed` means)
         say(f"failed: {row.layout.name}: {row.failure.kind.value}: {row.failure.message}")
         say(f"  log: {row.log_path}")
     rejected = sum(r.count for r in report.rejections)
-    say(f"{report.candidates} layouts could start, {rejected} could not{':' if rejected else '.'}")
+    fitting = report.predictions.likely_to_fit
+    say(
+        f"{report.candidates} layouts could start ({fitting} of them expected to fit into memory), {rejected} could not"
+    )
     for rejection in report.rejections:
         say(f"  {rejection.count:>6} {rejection.reason}")
     for note in report.notes:
@@ -251,12 +253,12 @@ def print_table(report: Report, console: Console, top: int) -> None:
         say(f"  train:  {report.train_command}")
 
 
-def _expected_table(report: Report, top: int, unit: str) -> Table:
+def _expected_table(report: Report, top: int) -> Table:
     table = Table(title=f"{report.model} on {report.nodes} × {report.cluster.name}, predicted", title_justify="left")
     table.box = None
     table.add_column("#", justify="right")
     table.add_column("layout", no_wrap=True)
-    for heading in ("step s", unit, "GiB", "fits"):
+    for heading in ("step s", "TFLOPS/GPU", "GiB", "fits"):
         table.add_column(heading, justify="right")
     for rank, row in enumerate(report.expected[:top], start=1):
         values = (
@@ -287,7 +289,9 @@ def as_json(report: Report, directory: Path) -> Mapping[str, Any]:
         "candidates": report.candidates,
         "rejections": [dataclasses.asdict(r) for r in report.rejections],
         "notes": list(report.notes),
+        "likely_to_fit": report.predictions.likely_to_fit,
         "results": str(directory),
+        "report": str(directory / "report.html"),
     }
 
 

@@ -10,16 +10,22 @@ runs/<layout>/       config.yaml, measurement.json or failure-rankN.json, logs/
 report.html, report.csv, optimal.yaml
 """
 
+import fcntl
 import json
+import os
+import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from hptool import files
 from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind, Measurement, Outcome
+
+#: Held by the process that works in a results directory.
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,13 @@ class ResultsDirectory:
         self._plan = path / "plan.json"
         self._submissions = path / "submissions.jsonl"
         self._outcomes = path / "outcomes.jsonl"
+        self._held: TextIO | None = None
+
+    def close(self) -> None:
+        """Let other processes have the directory."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def begin(self, plan: Mapping[str, Any], *, resume: bool) -> None:
         """Claim the directory for `plan`, or go on with the same plan.
@@ -78,11 +91,19 @@ class ResultsDirectory:
         Raises InputError where it holds another search, the same search without `resume`, or other files.
         """
         plan = json.loads(files.json_text(plan))
-        if not self._plan.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise InputError(f"{self.path}: is not empty and holds no search; choose another --results")
-            files.write_text(self._plan, files.json_text(plan))
-            return
+        try:
+            if not self._plan.exists() and self.path.exists():
+                if not self.path.is_dir():
+                    raise InputError(f"{self.path}: is a file; choose another --results")
+                if any(x.name != _LOCK for x in self.path.iterdir()):
+                    raise InputError(f"{self.path}: is not empty and holds no search; choose another --results")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if not self._plan.exists():
+                files.write_text(self._plan, files.json_text(plan))
+                return
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
         held = files.read_yaml(self._plan)  # JSON is YAML
         differing = sorted(_differing(held.get("search", {}), plan["search"]))
         if differing:
@@ -90,8 +111,24 @@ class ResultsDirectory:
                 f"{self.path}: holds another search; it differs in {', '.join(differing[:5])}"
                 f"{' and more' if len(differing) > 5 else ''}. Choose another --results"  # noqa: PLR2004
             )
-        if not resume:
+        # Nothing but a plan: a dry run, or a search that ended before its first job. There is nothing to lose.
+        only_planned = not self._submissions.exists() and not self._outcomes.exists()
+        if not resume and not only_planned:
             raise InputError(f"{self.path}: holds this search already; go on with --resume or choose another --results")
+
+    def _lock(self) -> None:
+        """Hold the directory for as long as this process lives; InputError where another process holds it."""
+        self._held = (self.path / _LOCK).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._held.seek(0)
+            who = self._held.read().strip() or "another process"
+            self.close()
+            raise InputError(f"{self.path}: hptool is at work in it already ({who})") from error
+        self._held.truncate(0)
+        self._held.write(f"process {os.getpid()} on {platform.node()}")
+        self._held.flush()
 
     def write_candidates(self, texts: Iterable[tuple[str, str]]) -> None:
         """`candidates/NAME.yaml` for every (name, text): all of them or none."""
@@ -111,7 +148,7 @@ class ResultsDirectory:
     def prepare_run(self, name: str, config_text: str) -> Path:
         """A fresh run directory with its config; what an earlier, interrupted try left is kept beside it."""
         directory = self.run_directory(name)
-        if directory.exists():
+        if directory.exists() and any(x.name != "config.yaml" for x in directory.iterdir()):
             tries = sum(1 for _ in directory.parent.glob(f"{name}.interrupted-*"))
             directory.rename(directory.with_name(f"{name}.interrupted-{tries + 1}"))
         files.write_text(directory / "config.yaml", config_text)

@@ -4,17 +4,19 @@ import dataclasses
 import math
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hptool import __version__, files, launch, report, strategy
-from hptool.base_config import BaseConfig, Preset, render
+from hptool.base_config import BaseConfig, Preset, lightning_time, render
 from hptool.candidates import (
     Candidates,
     Layout,
@@ -77,7 +79,7 @@ class Plan:
         """What plan.json holds; a search may be resumed by a request with the same `search`."""
         request = self.request
         cluster = dataclasses.asdict(self.cluster)
-        for site in ("slurm", "environment"):  # how jobs get there does not change what they measure
+        for site in ("slurm", "environment", "source"):  # how jobs get there does not change what they measure
             del cluster[site]
         return {
             "search": {
@@ -120,15 +122,18 @@ def search_train(request: SearchRequest, say: Say) -> tuple[report.Report, Path]
     if not request.dry_run:
         refuse_missing_framework()
     results = ResultsDirectory(plan.directory)
-    results.begin(plan.document(), resume=request.resume)
-    _write_plan(plan, results, say)
-    notes: list[str] = []
-    if request.dry_run:
-        notes.append("Dry run: everything was written, nothing was launched.")
-    else:
-        _measure(plan, results, say)
-    made = make_report(plan, results, notes)
-    report.write(made, plan.directory)
+    try:
+        results.begin(plan.document(), resume=request.resume)
+        _write_plan(plan, results, say)
+        notes: list[str] = []
+        if request.dry_run:
+            notes.append("Dry run: everything was written, nothing was launched.")
+        else:
+            _measure(plan, results, say)
+        made = make_report(plan, results, notes)
+        report.write(made, plan.directory)
+    finally:
+        results.close()
     return made, plan.directory
 
 
@@ -170,7 +175,7 @@ def make_plan(request: SearchRequest) -> Plan:
 def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseConfig:
     """The preset or file that `--model` names, for these nodes, with the overrides."""
     presets = files.data_directory("base_configs")
-    path = files.named_file(request.model, presets, "model preset")
+    path = files.named_file(request.model, presets, "*/*.yaml", "model preset")
     if path.is_relative_to(presets):
         preset = files.read(path, Preset)
         template = files.read_text(presets / f"{preset.family}.yaml.j2")
@@ -255,7 +260,10 @@ def _nothing_feasible(config: BaseConfig, candidates: Candidates) -> str:
 
 def _write_plan(plan: Plan, results: ResultsDirectory, say: Say) -> None:
     total = len(plan.candidates.layouts)
-    say(f"{total} layouts can start, {sum(r.count for r in plan.candidates.rejections)} cannot; writing them")
+    say(
+        f"{total} layouts can start, {sum(r.count for r in plan.candidates.rejections)} cannot; "
+        f"{plan.predictions.likely_to_fit} are expected to fit into memory"
+    )
     files.write_text(results.base_config, files.yaml_text(plan.config.document()))
     results.write_candidates(
         (layout.name, files.yaml_text(plan.config.with_layout(layout).document()))
@@ -263,17 +271,21 @@ def _write_plan(plan: Plan, results: ResultsDirectory, say: Say) -> None:
     )
     files.write_text(results.predictions, report.predictions_csv(plan.predictions))
     if plan.cluster.scheduler == "slurm":
+        shutil.rmtree(results.path / "scripts", ignore_errors=True)  # of an earlier limit
         for row in strategy.propose(plan.predictions, (), plan.request.limit_search_runs):
             layout = plan.predictions.layouts.row(row)
-            run = _run(plan, results, layout)
-            script = launch.batch_script(run, plan.cluster, results.path / "jobs")
-            files.write_text(results.path / "scripts" / f"{layout.name}.sh", script)
+            parameters = launch.run_parameters(_run(plan, results, layout), plan.cluster)
+            config = results.path / "scripts" / f"{layout.name}.yaml"
+            timed = run_config(plan.config, layout, plan.request)
+            files.write_text(config, files.yaml_text(timed.document()))
+            script = launch.batch_script(parameters, config, results.path / "by-hand" / layout.name)
+            files.write_text(config.with_suffix(".sh"), script)
 
 
 # ---------------------------------------------------------------- runs
 
 
-def run_config(config: BaseConfig, layout: Layout, max_steps: int) -> BaseConfig:
+def run_config(config: BaseConfig, layout: Layout, request: SearchRequest) -> BaseConfig:
     """The timed run of a layout: the fewest nodes that hold whole replicas, each with its real share of the batch.
 
     A replica works through the same microbatches as on the full cluster, so its step is the real one up to the
@@ -284,13 +296,18 @@ def run_config(config: BaseConfig, layout: Layout, max_steps: int) -> BaseConfig
     replicas = nodes * config.trainer.devices // layout.gpus_per_replica
     return replace(
         full,
-        trainer=replace(full.trainer, num_nodes=nodes, max_steps=max_steps),
+        trainer=replace(
+            full.trainer,
+            num_nodes=nodes,
+            max_steps=request.max_steps_per_run,
+            max_time=lightning_time(timedelta(minutes=request.max_minutes_per_run)),
+        ),
         model=replace(full.model, global_batch_size=layout.mbs * replicas * full.num_microbatches),
     )
 
 
 def _run(plan: Plan, results: ResultsDirectory, layout: Layout) -> launch.Run:
-    config = run_config(plan.config, layout, plan.request.max_steps_per_run)
+    config = run_config(plan.config, layout, plan.request)
     return launch.Run(
         name=layout.name,
         directory=results.run_directory(layout.name),
@@ -331,7 +348,7 @@ class _Campaign:
         """Start runs of these layouts."""
         runs = []
         for layout in layouts:
-            config = run_config(self.plan.config, layout, self.plan.request.max_steps_per_run)
+            config = run_config(self.plan.config, layout, self.plan.request)
             self.results.prepare_run(layout.name, files.yaml_text(config.document()))
             runs.append(_run(self.plan, self.results, layout))
         self.launcher.submit(runs, self._started)
@@ -383,7 +400,8 @@ class _Campaign:
         kind = status.meaning
         if "oom-kill" in text or "memory limit" in text or "Out Of Memory" in text:
             kind = FailureKind.OOM
-        last = (text.strip().splitlines() or [""])[-1]
+        own = [line for line in text.strip().splitlines() if not line.startswith("submitit ")]
+        last = (own or [""])[-1]
         return Failure(kind=kind, message=f"{status.detail}{f'; last line: {last}' if last else ''}", log_path=str(log))
 
     def _settle(self, name: str, job_id: str, outcome: Outcome) -> None:
@@ -419,6 +437,9 @@ class _Campaign:
 def _measure(plan: Plan, results: ResultsDirectory, say: Say) -> None:
     campaign = _Campaign(plan, results, say)
     limit = plan.request.limit_search_runs
+    known = len(campaign.outcomes)
+    if known:
+        say(f"{known} of {plan.planned_runs} layouts were run before, and are not run again")
     try:
         campaign.take_over()
         while True:
@@ -449,7 +470,7 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
         if name not in layouts:
             continue
         layout = layouts[name]
-        config = run_config(plan.config, layout, plan.request.max_steps_per_run)
+        config = run_config(plan.config, layout, plan.request)
         expected = predict(Layouts.of([layout]), config.workload, plan.cluster)
         rows.append(
             report.Row(
@@ -473,6 +494,11 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
             f"{plan.config.model.global_batch_size}, so the batch of a run is smaller by its missing replicas. "
             "Communication between the missing replicas is not in the measured times."
         )
+    if not plan.config.model.data.data_prefix:
+        notes.append(
+            "The winning config trains on synthetic tokens until model.data.data_prefix names a .bin/.idx set. "
+            "The worker times a training and saves no weights."
+        )
     best = next((row.layout for row in rows if row.measurement), None)
     if best is not None:
         files.write_text(results.optimal, files.yaml_text(plan.config.with_layout(best).document()))
@@ -492,13 +518,20 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
         predictions=plan.predictions,
         notes=notes,
         optimal_path=str(results.optimal) if best is not None else None,
-        train_command=train_command(plan.cluster, plan.nodes, results.optimal) if best is not None else None,
+        train_command=train_command(plan, results) if best is not None else None,
     )
 
 
-def train_command(cluster: Cluster, nodes: int, config: Path) -> str:
-    """The command that trains a config: on this machine, or one supervisor a node under srun."""
-    train = [sys.executable, "-m", "hptool.worker", str(config)]
-    if cluster.scheduler == "slurm":
-        train = ["srun", f"--nodes={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *train]
-    return shlex.join(train)
+def train_command(plan: Plan, results: ResultsDirectory) -> str:
+    """The command that trains `optimal.yaml`; on Slurm the script that it submits is written beside it."""
+    output = results.path / "training"
+    if plan.cluster.scheduler == "local":
+        worker = [sys.executable, "-m", "hptool.worker", str(results.optimal), "--output", str(output)]
+        return shlex.join(worker)
+    limit = plan.config.run.time_limit or "UNLIMITED"
+    name = f"hptool-{plan.config.run.name}"
+    parameters = launch.slurm_parameters(plan.cluster, nodes=plan.nodes, time_limit=limit, name=name)
+    script = results.optimal.with_suffix(".sh")
+    files.write_text(script, launch.batch_script(parameters, results.optimal, output))
+    output.mkdir(exist_ok=True)  # Slurm opens its log there before anything of ours runs
+    return shlex.join(["sbatch", str(script)])

@@ -1,5 +1,6 @@
 """The command line: frozen help, light imports, and one clear error for every kind of bad input."""
 
+import fcntl
 import importlib.util
 import json
 import subprocess
@@ -114,10 +115,11 @@ def test_dry_run_ranks_and_writes_everything_and_launches_nothing(tmp_path: Path
     answer = json.loads(done.stdout)
     written = {p.name for p in (tmp_path / "run").iterdir()}
     assert written == {
-        "plan.json", "base_config.yaml", "candidates", "predictions.csv", "scripts", "report.html", "report.csv"
+        ".lock", "plan.json", "base_config.yaml", "candidates",
+        "predictions.csv", "scripts", "report.html", "report.csv"
     }  # fmt: skip
     assert len(list((tmp_path / "run" / "candidates").iterdir())) == answer["candidates"]
-    assert len(list((tmp_path / "run" / "scripts").iterdir())) == 10
+    assert len(list((tmp_path / "run" / "scripts").glob("*.sh"))) == 10
     assert answer["winner"] is None
     assert answer["predicted"][0]["name"] in {p.stem for p in (tmp_path / "run" / "scripts").iterdir()}
 
@@ -160,13 +162,34 @@ def test_an_override_of_a_searched_key_fixes_that_axis(tmp_path: Path) -> None:
 
 def test_a_directory_of_another_search_is_refused(tmp_path: Path) -> None:
     assert search(tmp_path, "--dry-run").exit_code == 0
-    again = search(tmp_path, "--dry-run")
-    assert again.exit_code == 2
-    assert "holds this search already; go on with --resume" in again.output
-    other = search(tmp_path, "--dry-run", "--resume", "--tp", "1")
-    assert other.exit_code == 2
-    assert "holds another search; it differs in space.tp" in other.output
-    assert search(tmp_path, "--dry-run", "--resume").exit_code == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    for resume in ([], ["--resume"]):
+        other = search(tmp_path, "--dry-run", "--tp", "1", *resume)
+        assert other.exit_code == 2
+        assert "holds another search; it differs in space.tp" in other.output
+    assert before == {p: p.read_bytes() for p in before}
+    # The same search goes on from a dry run without further ado.
+    assert search(tmp_path, "--dry-run", "--limit-search-runs", "3").exit_code == 0
+
+
+def test_a_directory_in_use_says_by_whom(tmp_path: Path) -> None:
+    assert search(tmp_path, "--dry-run").exit_code == 0
+    with (tmp_path / "run" / ".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        done = search(tmp_path, "--dry-run")
+    assert done.exit_code == 2
+    assert "hptool is at work in it already (process " in done.output
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_place_for_results_that_cannot_be(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    done = hptool(
+        "search-train", "--model", "gpt3/tiny", "--cluster", "local", "--results", tmp_path / place, "--dry-run"
+    )
+    assert done.exit_code == 2
+    assert str(tmp_path / place) in done.output
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_without_megatron_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,27 +22,31 @@ def run(directory: Path, nodes: int = 2) -> Run:
 
 
 def test_the_script_for_a_dgx(dgx_a100: Cluster, snapshot: SnapshotAssertion) -> None:
-    assert launch.batch_script(run(Path("runs/tp2")), dgx_a100, Path("jobs"), "python") == snapshot
+    parameters = launch.run_parameters(run(Path("results/demo/runs/tp2")), dgx_a100)
+    assert launch.batch_script(parameters, Path("/shared/tp2.yaml"), Path("/shared/tp2"), "python") == snapshot
+
+
+WISHES = SlurmOptions(
+    partition="batch; touch pwned",
+    account="lab",
+    qos="high",
+    constraint="ib&nvme",
+    mem_gib_per_node=1000,
+    setup=("module load nccl || true",),
+    extra_options={"reservation": "maint $(touch pwned)", "comment": "`touch pwned`; touch pwned"},
+)
 
 
 def test_the_script_for_a_site_with_wishes(dgx_a100: Cluster, snapshot: SnapshotAssertion) -> None:
-    options = SlurmOptions(
-        partition="batch; rm -rf ~",
-        account="lab",
-        qos="high",
-        constraint="ib&nvme",
-        mem_gib_per_node=1000,
-        setup=("module load nccl",),
-        extra_options={"reservation": "maint $(id)", "gres": "gpu:8"},
-    )
-    assert (
-        launch.batch_script(run(Path("it's here")), replace(dgx_a100, slurm=options), Path("a b"), "python") == snapshot
-    )
+    site = replace(dgx_a100, slurm=WISHES, environment={"NCCL_DEBUG": "it's; $(x)"})
+    parameters = launch.run_parameters(run(Path("it's here/runs/tp2")), site)
+    assert launch.batch_script(parameters, Path("/a b.yaml"), Path("/a b"), "python") == snapshot
 
 
 def test_nothing_that_a_user_gives_reaches_a_shell_unquoted(dgx_a100: Cluster, tmp_path: Path) -> None:
-    options = SlurmOptions(partition="x$(touch pwned)", extra_options={"comment": "`touch pwned`; touch pwned"})
-    script = launch.batch_script(run(tmp_path), replace(dgx_a100, slurm=options), tmp_path / "$(touch pwned)")
+    site = replace(dgx_a100, slurm=WISHES, environment={"X": "$(touch pwned)"})
+    parameters = launch.run_parameters(run(tmp_path / "$(touch pwned)" / "runs" / "tp2"), site)
+    script = launch.batch_script(parameters, tmp_path / "$(touch pwned)", tmp_path / "`touch pwned`")
     harmless = script.replace("srun ", "true srun ")
     subprocess.run(["bash", "-c", harmless], cwd=tmp_path, check=True)
     assert not (tmp_path / "pwned").exists()

@@ -21,6 +21,8 @@ def results(tmp_path: Path) -> ResultsDirectory:
 
 
 def test_a_second_search_is_refused_unless_it_resumes(results: ResultsDirectory) -> None:
+    results.begin(PLAN, resume=False)  # only planned so far: nothing to lose
+    results.record_submission(Submission(name="a", job_id="1"))
     with pytest.raises(InputError, match="--resume"):
         results.begin(PLAN, resume=False)
     results.begin(PLAN, resume=True)

@@ -16,7 +16,7 @@ import yaml
 from hptool import files
 from hptool.base_config import BaseConfig
 from hptool.candidates import Layout
-from hptool.search import run_config
+from hptool.search import SearchRequest, run_config
 from tests.conftest import ROOT, preset_config
 from tests.searches import finish, outcome_lines, processes_of, start, wait_for
 
@@ -180,7 +180,7 @@ def test_a_run_takes_the_fewest_nodes_and_each_replica_its_real_work() -> None:
         if config.gpus % layout.gpus_per_replica:
             continue
         full = config.with_layout(layout)
-        run = run_config(config, layout, 50)
+        run = run_config(config, layout, SearchRequest(model="gpt3/5b", cluster="dgx-a100", max_steps_per_run=50))
         assert run.trainer.num_nodes == nodes
         assert run.dp == replicas
         assert run.num_microbatches == full.num_microbatches

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hptool.candidates import IntColumn, Layouts, Workload
+from hptool.candidates import BoolColumn, IntColumn, Layouts, Recompute, Workload
 from hptool.facts import Cluster
 from hptool.predict.flops import model_flops_per_step
 from hptool.predict.memory import RELATIVE_ERROR, Memory, predict_memory
@@ -35,9 +35,26 @@ class Predictions:
     def ranking(self) -> IntColumn:
         """Rows from best to worst: by throughput times the probability of fitting, ties by the order of the table.
 
-        Memory is no hard cut, because the fastest layouts are full ones and the estimate has an error.
+        Memory is no hard cut, because the fastest layouts are full ones and the estimate has an error. A layout that
+        recomputes and gains nothing by it comes after all that do not (selective recomputation with a flash kernel).
         """
-        return np.argsort(-self.tokens_per_s_per_gpu * self.p_fit, kind="stable")
+        worth = self.tokens_per_s_per_gpu * self.p_fit
+        return np.lexsort((-worth, self._recomputes_in_vain()))
+
+    def _recomputes_in_vain(self) -> BoolColumn:
+        """Rows whose twin without recomputation is expected to be as fast and to need no more memory."""
+        t = self.layouts
+        cut = np.column_stack([t.tp, t.pp, t.vpp, t.cp, t.mbs])
+        _, twin = np.unique(cut, axis=0, return_inverse=True)
+        plain = t.recompute == Recompute.NONE
+        none_s, none_gib = np.full((2, len(t)), np.inf)
+        none_s[twin[plain]], none_gib[twin[plain]] = self.step_time_s[plain], self.memory_gib[plain]
+        return np.asarray(~plain & (none_s[twin] <= self.step_time_s) & (none_gib[twin] <= self.memory_gib))
+
+    @property
+    def likely_to_fit(self) -> int:
+        """How many rows are more likely to fit into memory than not."""
+        return int(np.sum(self.p_fit >= 0.5))  # noqa: PLR2004 (more likely than not)
 
 
 def predict(layouts: Layouts, work: Workload, cluster: Cluster) -> Predictions:

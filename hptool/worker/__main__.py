@@ -4,9 +4,12 @@ Under torchrun (RANK and WORLD_SIZE are set) this is one rank. Otherwise it is t
 `trainer.devices` ranks; with several nodes, start one task a node with srun.
 """
 
+import json
 import math
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -20,6 +23,9 @@ from hptool.worker import outcome, supervisor
 from hptool.worker.nodes import Place, this_node
 from hptool.worker.processes import Heartbeats
 from hptool.worker.refusals import refuse_impossible
+
+#: How often a training says how far it is.
+_TELL_S = 5.0
 
 
 @click.command()
@@ -51,12 +57,17 @@ def _supervise(config: BaseConfig, config_path: str, directory: Path) -> int:
     node = this_node(config.trainer.num_nodes)
     max_minutes = _minutes(config.trainer.max_time)
     job = supervisor.NodeJob(config_path=config_path, run_directory=str(directory), max_minutes=max_minutes)
-    click.echo(f"{config.trainer.devices} ranks on this node; their logs: {directory / 'logs'}", err=True)
+    click.echo(f"{config.trainer.devices} ranks on this node; their logs: {(directory / 'logs').absolute()}", err=True)
+    if node.index == 0 and not config.model.data.data_prefix:
+        click.echo("training on synthetic tokens: model.data.data_prefix names no .bin/.idx set", err=True)
     try:
-        supervisor.run_ranks(config, job, node)
+        supervisor.run_ranks(config, job, node, _Teller(directory) if node.index == 0 else lambda: None)
     except supervisor.RunFailedError as failure:
         click.echo(failure, err=True)
         return 1
+    except SystemExit as end:
+        click.echo(f"ended by {signal.Signals(int(end.code or 0) - 128).name}", err=True)
+        raise
     if node.index == 0:
         path = directory / outcome.MEASUREMENT
         measured = files.parse_json(files.read_text(path), Measurement, str(path))
@@ -65,6 +76,24 @@ def _supervise(config: BaseConfig, config_path: str, directory: Path) -> int:
             f"{measured.peak_memory_gib:.2f} GiB {measured.memory_kind}"
         )
     return 0
+
+
+class _Teller:
+    """Says every few seconds how far the training is."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / outcome.PROGRESS
+        self._last = (0.0, "")
+
+    def __call__(self) -> None:
+        told_at, text = self._last
+        if time.monotonic() - told_at < _TELL_S or not self._path.exists():
+            return
+        progress = json.loads(files.read_text(self._path))
+        line = "step {step} of {of}: loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s".format(**progress)
+        self._last = (time.monotonic(), line)
+        if line != text:
+            click.echo(line, err=True)
 
 
 def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:

@@ -92,8 +92,11 @@ def run_node(job: NodeJob) -> None:
     run_ranks(config, job, node)
 
 
-def run_ranks(config: BaseConfig, job: NodeJob, node: Node) -> None:
-    """As `run_node`, of a config that has been read. InputError where torch or Megatron-core is missing."""
+def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], None] = lambda: None) -> None:
+    """As `run_node`, of a config that has been read; `tell` is called several times a second.
+
+    InputError where torch or Megatron-core is missing.
+    """
     directory = Path(job.run_directory)
     with _cancelled_by_signals():
         if node.index == 0:
@@ -109,8 +112,9 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node) -> None:
             raise
         try:
             _fork_ranks(watch, run_rank, config, node)
-            failure = watch.until_done()
-            if failure is not None:
+            failure = watch.until_done(tell)
+            watch.end_ranks()
+            if failure is not None and not outcome.is_measured(directory):  # it may have finished while it was ended
                 first = outcome.record_failure(directory, failure)
                 raise RunFailedError(f"{first.kind}: {first.message}")
         finally:
@@ -182,12 +186,13 @@ class _Watch:
     oom_kills: int = field(default_factory=processes.oom_kills)
     first_left: float | None = None
 
-    def until_done(self) -> Failure | None:
+    def until_done(self, tell: Callable[[], None]) -> Failure | None:
         """Waits until all ranks have left or one thing is wrong; None where the measurement is there."""
         owner = processes.Process(self.job.owner_pid) if self.job.owner_pid is not None else None
         seen, moved = self.heartbeats.snapshot(), time.monotonic()
         while self.ranks:
             time.sleep(_POLL_S)
+            tell()
             if (failure := self._reap()) is not None:
                 return failure
             if owner is not None and owner.is_gone():
