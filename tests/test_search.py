@@ -78,7 +78,7 @@ def test_the_winner_trains_with_the_command_that_the_report_names(results: Path,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    trained = json.loads((tmp_path / "measurement.json").read_text())
+    trained = json.loads((results / "training" / "measurement.json").read_text())
     measured = outcome_lines(results)[0]["measurement"]
     assert isinstance(measured, dict)
     assert trained["losses"] == pytest.approx(measured["losses"][:3], rel=1e-5)
