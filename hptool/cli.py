@@ -117,8 +117,9 @@ def search_train_command(as_json: bool, output_top_n: int, overrides: tuple[str,
         from rich.console import Console  # noqa: PLC0415
 
         from hptool import report, search  # noqa: PLC0415
+        from hptool.plan import SearchRequest  # noqa: PLC0415
 
-        request = search.SearchRequest(space=space, overrides=overrides, **options)
+        request = SearchRequest(space=space, overrides=overrides, **options)
         made, directory = search.search_train(request, _say)
         if as_json:
             click.echo(json.dumps(report.as_json(made, directory), indent=2))

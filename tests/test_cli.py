@@ -119,9 +119,9 @@ def test_dry_run_ranks_and_writes_everything_and_launches_nothing(tmp_path: Path
         "predictions.csv", "scripts", "report.html", "report.csv"
     }  # fmt: skip
     assert len(list((tmp_path / "run" / "candidates").iterdir())) == answer["candidates"]
-    assert len(list((tmp_path / "run" / "scripts").glob("*.sh"))) == 10
+    assert len(list((tmp_path / "run" / "scripts").glob("*/run.sh"))) == 10
     assert answer["winner"] is None
-    assert answer["predicted"][0]["name"] in {p.stem for p in (tmp_path / "run" / "scripts").iterdir()}
+    assert answer["predicted"][0]["name"] in {p.name for p in (tmp_path / "run" / "scripts").iterdir()}
 
 
 def test_every_candidate_is_a_config_that_passes_the_workers_checks(tmp_path: Path) -> None:

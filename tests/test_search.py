@@ -16,7 +16,7 @@ import yaml
 from hptool import files
 from hptool.base_config import BaseConfig
 from hptool.candidates import Layout
-from hptool.search import SearchRequest, run_config
+from hptool.plan import SearchRequest, run_config
 from tests.conftest import ROOT, preset_config
 from tests.searches import finish, outcome_lines, processes_of, start, wait_for
 

@@ -161,3 +161,12 @@ def test_a_killed_search_finds_its_jobs_again(results: Path) -> None:
     assert {run["outcome"] for run in json.loads(out)["runs"]} == {"measured"}, err
     assert {str(line["job_id"]) for line in outcome_lines(results)} >= jobs
     assert len((results / "submissions.jsonl").read_text().splitlines()) == 2  # nothing was submitted twice
+
+
+def test_a_dry_runs_script_runs_by_hand(results: Path) -> None:
+    words = ("--dry-run", "--json", "--nodes", "1", "--tp", "1", "--pp", "2", "--mbs", "2")
+    out, err = finish(start(results, *words, cluster="dev-slurm"))
+    (run,) = json.loads(out)["predicted"]
+    folder = results / "scripts" / run["name"]
+    subprocess.run(["sbatch", "--wait", str(folder / "run.sh")], check=True, timeout=120)
+    assert len(json.loads((folder / "measurement.json").read_text())["losses"]) == 6, err

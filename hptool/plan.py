@@ -1,0 +1,229 @@
+"""What a request comes to: everything read, checked, enumerated and predicted. Writes nothing."""
+
+import dataclasses
+import math
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hptool import __version__, files
+from hptool.base_config import BaseConfig, Preset, lightning_time, render
+from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enumerate_layouts
+from hptool.errors import InputError, NoFeasibleLayout
+from hptool.facts import Cluster
+from hptool.predict import Predictions, predict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """What the user asked for, as given."""
+
+    model: str
+    cluster: str
+    nodes: int | None = None
+    limit_search_runs: int = 10
+    max_minutes_per_run: float = 20.0
+    max_steps_per_run: int = 50
+    space: SearchSpace = field(default_factory=SearchSpace)
+    results: Path | None = None
+    dry_run: bool = False
+    resume: bool = False
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """A request with everything resolved: ready to launch, nothing written yet."""
+
+    request: SearchRequest
+    cluster: Cluster
+    nodes: int
+    config: BaseConfig
+    candidates: Candidates
+    predictions: Predictions
+    directory: Path
+
+    @property
+    def planned_runs(self) -> int:
+        """How many layouts will be measured, if nothing else ends the search."""
+        return min(self.request.limit_search_runs, len(self.candidates.layouts))
+
+    def document(self) -> Mapping[str, Any]:
+        """What plan.json holds; a search may be resumed by a request with the same `search`."""
+        request = self.request
+        cluster = dataclasses.asdict(self.cluster)
+        for site in ("slurm", "environment", "source"):  # how jobs get there does not change what they measure
+            del cluster[site]
+        return {
+            "search": {
+                "model": request.model,
+                "config": self.config.with_layout(Layout()).document(),
+                "cluster": cluster,
+                "space": dataclasses.asdict(request.space),
+                "max_steps_per_run": request.max_steps_per_run,
+                "max_minutes_per_run": request.max_minutes_per_run,
+            },
+            "limit_search_runs": request.limit_search_runs,
+            "versions": {"hptool": __version__, "revision": _revision(), "python": platform.python_version()},
+        }
+
+
+def _revision() -> str | None:
+    """The commit of a checkout, for those who want to repeat a search; None for an installed package."""
+    package = Path(__file__).parent
+    if not (package.parent / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(  # noqa: S603 (fixed words)
+            ["git", "-C", str(package), "describe", "--always", "--dirty"],  # noqa: S607 (git is wherever PATH has it)
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def make_plan(request: SearchRequest) -> Plan:
+    """Read, check, enumerate and predict; writes nothing."""
+    for name in ("limit_search_runs", "max_minutes_per_run"):
+        if getattr(request, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')}: {getattr(request, name)} given, allowed is more than 0")
+    if request.max_steps_per_run < 2:  # noqa: PLR2004 (one to warm up, one to time)
+        raise InputError(f"--max-steps-per-run: {request.max_steps_per_run} given, allowed is 2 or more")
+    cluster = files.read_cluster(request.cluster)
+    nodes = request.nodes if request.nodes is not None else cluster.nodes
+    if not 1 <= nodes <= cluster.nodes:
+        raise InputError(f"--nodes: {nodes} given, allowed is 1 to {cluster.nodes} ({request.cluster})")
+    config = read_config(request, cluster, nodes)
+    space = pinned(request.space, config, request.overrides)
+    limits = files.read(files.data_directory("base_configs") / "search_space.yaml", SearchLimits)
+    _check_values(space, config, limits)
+    candidates = enumerate_layouts(space, config.workload, limits)
+    if not len(candidates.layouts):
+        raise NoFeasibleLayout(_nothing_feasible(config, candidates))
+    predictions = predict(candidates.layouts, config.workload, cluster)
+    best = predictions.layouts.row(int(predictions.ranking()[0]))
+    default = Path("results") / f"{config.run.name}-{cluster.name}-{nodes}n".replace("/", "-")
+    return Plan(
+        request=replace(request, space=space),
+        cluster=cluster,
+        nodes=nodes,
+        config=config.with_layout(best),
+        candidates=candidates,
+        predictions=predictions,
+        directory=(request.results or default).absolute(),
+    )
+
+
+def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseConfig:
+    """The preset or file that `--model` names, for these nodes, with the overrides."""
+    presets = files.data_directory("base_configs")
+    path = files.named_file(request.model, presets, "*/*.yaml", "model preset")
+    if path.is_relative_to(presets):
+        preset = files.read(path, Preset)
+        template = files.read_text(presets / f"{preset.family}.yaml.j2")
+        document = files.parse_yaml(render(template, preset, cluster, nodes), request.model)
+    else:
+        document = files.read_yaml(path)
+        # The nodes and devices are the cluster's, whatever the file was written for.
+        device = "gpu" if cluster.gpu.device == "cuda" else "cpu"
+        for key, value in (("num_nodes", nodes), ("devices", cluster.gpus_per_node), ("accelerator", device)):
+            document = files.with_value(document, ["trainer", key], value)
+    document = files.apply_overrides(document, request.overrides, "override")
+    config = files.parse(document, BaseConfig, request.model)
+    for key, value, allowed in (
+        ("num_nodes", config.trainer.num_nodes, nodes),
+        ("devices", config.trainer.devices, cluster.gpus_per_node),
+    ):
+        if value != allowed:
+            raise InputError(f"override: trainer.{key}: {value} given, allowed is {allowed} (--nodes and the profile)")
+    if config.precision not in cluster.gpu.peak_tflops:
+        allowed_words = " or ".join(sorted(cluster.gpu.peak_tflops))
+        raise InputError(
+            f"{request.model}: trainer.precision: {config.trainer.precision!r} given, "
+            f"allowed on {cluster.gpu.name} is {allowed_words}"
+        )
+    return config
+
+
+#: Overrides of these keys choose a value of a search axis.
+_AXIS_KEYS = {
+    "model.tensor_model_parallel_size": "tp",
+    "model.pipeline_model_parallel_size": "pp",
+    "model.virtual_pipeline_model_parallel_size": "vpp",
+    "model.context_parallel_size": "cp",
+    "model.micro_batch_size": "mbs",
+}
+
+
+def pinned(space: SearchSpace, config: BaseConfig, overrides: Sequence[str]) -> SearchSpace:
+    """The space with the axes that an override fixes; an axis given both ways is an InputError."""
+    keys = {override.partition("=")[0] for override in overrides}
+    layout = config.layout
+    for key in sorted(keys & set(_AXIS_KEYS)):
+        axis = _AXIS_KEYS[key]
+        if getattr(space, axis) is not None:
+            raise InputError(f"override: {key}: is fixed here and listed by --{axis}; give one of them")
+        space = replace(space, **{axis: (getattr(layout, axis),)})
+    if any(key.startswith("model.activations_checkpoint") for key in keys):
+        if space.recompute is not None:
+            raise InputError("override: model.activations_checkpoint_*: is fixed here and listed by --recompute")
+        space = replace(space, recompute=((layout.recompute, layout.recompute_num_layers or None),))
+    return space
+
+
+def _check_values(space: SearchSpace, config: BaseConfig, limits: SearchLimits) -> None:
+    """A listed value that no legal layout has, whatever the other axes, is a mistake and not a rejection."""
+    problems = []
+    for axis in ("tp", "pp", "vpp", "cp", "mbs"):
+        for value in getattr(space, axis) or ():
+            if value < 1:
+                problems.append(f"--{axis}: {value} given, allowed is 1 or more")
+                continue
+            wide = SearchSpace(**{axis: (value,)})
+            found = enumerate_layouts(wide, config.workload, limits)
+            if not len(found.layouts):
+                worst = max(found.rejections, key=lambda r: r.count)
+                problems.append(f"--{axis}: {value} given, but no layout can have it: {worst.reason}")
+    if problems:
+        raise InputError(*problems)
+
+
+def _nothing_feasible(config: BaseConfig, candidates: Candidates) -> str:
+    lines = [f"{r.count:>6} {r.reason} (e.g. {r.example})" for r in candidates.rejections]
+    return "\n".join(
+        [
+            f"no layout of {config.run.name} can start on {config.gpus} GPUs:",
+            *lines,
+            "what would help: an axis left at auto, another number of nodes, or another model.global_batch_size than "
+            + str(config.model.global_batch_size),
+        ]
+    )
+
+
+def run_config(config: BaseConfig, layout: Layout, request: SearchRequest) -> BaseConfig:
+    """The timed run of a layout: the fewest nodes that hold whole replicas, each with its real share of the batch.
+
+    A replica works through the same microbatches as on the full cluster, so its step is the real one up to the
+    data-parallel communication; the global batch shrinks with the replicas.
+    """
+    full = config.with_layout(layout)
+    nodes = math.lcm(layout.gpus_per_replica, config.trainer.devices) // config.trainer.devices
+    replicas = nodes * config.trainer.devices // layout.gpus_per_replica
+    return replace(
+        full,
+        trainer=replace(
+            full.trainer,
+            num_nodes=nodes,
+            max_steps=request.max_steps_per_run,
+            max_time=lightning_time(timedelta(minutes=request.max_minutes_per_run)),
+        ),
+        model=replace(full.model, global_batch_size=layout.mbs * replicas * full.num_microbatches),
+    )
