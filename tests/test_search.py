@@ -87,7 +87,7 @@ def test_the_winner_trains_with_the_command_that_the_report_names(results: Path,
 def test_a_run_that_needs_too_much_memory_is_one_row_among_others(results: Path, tmp_path: Path) -> None:
     profile = yaml.safe_load((ROOT / "cluster" / "local.yaml").read_text())
     gpu = yaml.safe_load((ROOT / "cluster" / "gpus" / "cpu.yaml").read_text())
-    profile["gpu"] = {**gpu, "memory_gib": 1.2}  # a real limit of each rank
+    profile["gpu"] = {**gpu, "memory_gib": 0.8}  # a real limit of each rank
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(profile))
     # Eight sequences at once hold eight times the attention scores of one.
     longer = [f"model.{key}=1024" for key in ("encoder_seq_length", "data.seq_length", "max_position_embeddings")]

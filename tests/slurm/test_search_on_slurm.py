@@ -68,7 +68,7 @@ def test_layouts_of_one_and_two_nodes_are_measured_and_ranked(results: Path) -> 
 def test_memory_and_minutes_are_real_limits(results: Path, tmp_path: Path) -> None:
     profile = yaml.safe_load((ROOT / "cluster" / "dev-slurm.yaml").read_text())
     gpu = yaml.safe_load((ROOT / "cluster" / "gpus" / "cpu.yaml").read_text())
-    profile["gpu"] = {**gpu, "memory_gib": 1.2}
+    profile["gpu"] = {**gpu, "memory_gib": 0.8}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(profile))
     longer = [f"model.{key}=1024" for key in ("encoder_seq_length", "data.seq_length", "max_position_embeddings")]
     process = start(
