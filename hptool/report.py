@@ -238,9 +238,8 @@ def print_table(report: Report, console: Console, top: int) -> None:
         say(f"  log: {row.log_path}")
     rejected = sum(r.count for r in report.rejections)
     fitting = report.predictions.likely_to_fit
-    say(
-        f"{report.candidates} layouts could start ({fitting} of them expected to fit into memory), {rejected} could not"
-    )
+    end = "could not:" if rejected else "could not."
+    say(f"{report.candidates} layouts could start ({fitting} of them expected to fit into memory), {rejected} {end}")
     for rejection in report.rejections:
         say(f"  {rejection.count:>6} {rejection.reason}")
     for note in report.notes:
