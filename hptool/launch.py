@@ -216,6 +216,7 @@ _UNKNOWN_PATIENCE_S = 10
 def slurm_parameters(cluster: Cluster, *, nodes: int, time_limit: int | str, name: str) -> dict[str, Any]:
     """What `sbatch` is asked for, in submitit's names; the limit in minutes, or as sbatch reads it."""
     options = cluster.slurm
+    cpus = options.cpus_per_gpu * cluster.gpus_per_node
     environment = [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
     extra: dict[str, Any] = {
         # submitit asks for USR2 before the limit, which a short job gets at its very start; SIGCONT to the batch
@@ -235,14 +236,18 @@ def slurm_parameters(cluster: Cluster, *, nodes: int, time_limit: int | str, nam
         "nodes": nodes,
         # One supervisor a node; it starts the node's ranks.
         "ntasks_per_node": 1,
-        "cpus_per_task": options.cpus_per_gpu * cluster.gpus_per_node,
+        "cpus_per_task": cpus,
         "gpus_per_node": cluster.gpus_per_node if cluster.gpu.device == "cuda" else None,
         "mem": f"{options.mem_gib_per_node}G" if options.mem_gib_per_node else None,
         "time": time_limit,
         "array_parallelism": options.array_parallelism,
         "stderr_to_stdout": True,
-        # A node whose supervisor gives up takes the other nodes down with it, at once.
-        "srun_args": ["--kill-on-bad-exit=1"],
+        "srun_args": [
+            # A node whose supervisor gives up takes the other nodes down with it, at once.
+            "--kill-on-bad-exit=1",
+            # Since Slurm 22.05 srun no longer takes this from sbatch, and all ranks would share one core.
+            f"--cpus-per-task={cpus}",
+        ],
         "setup": [*options.setup, *environment] or None,
         "additional_parameters": extra,
     }
