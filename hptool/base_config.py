@@ -351,6 +351,9 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
         need(getattr(model, name) >= 1, f"model.{name}", "1 or more")
     if problems:
         return problems
+    vpp = model.virtual_pipeline_model_parallel_size
+    need(vpp is None or vpp >= 1, "model.virtual_pipeline_model_parallel_size", "null, or 1 or more")
+    need(config.run.name.isprintable(), "run.name", "one line of printable text")
     need(
         model.data.seq_length == model.encoder_seq_length,
         "model.data.seq_length",

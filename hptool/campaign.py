@@ -41,6 +41,7 @@ class Campaign:
         self.launcher = launch.launcher(plan.cluster, results.path / "jobs")
         self.outcomes = results.outcomes()
         self.under_way: dict[str, str] = {}  # layout name -> job id
+        self._adopted: set[str] = set()  # of an earlier process
         self._running_since: dict[str, float] = {}
         self._ended_since: dict[str, float] = {}
         self._states: dict[str, str] = {}
@@ -58,6 +59,7 @@ class Campaign:
             elif alive:
                 self.say(f"job {job_id} of an earlier process still runs {name}; waiting for it")
                 self.under_way[name] = job_id
+                self._adopted.add(name)
 
     def submit(self, layouts: Sequence[Layout]) -> None:
         """Start runs of these layouts."""
@@ -85,6 +87,12 @@ class Campaign:
                 since = self._ended_since.setdefault(name, now)
                 if outcome is None and now - since < _SETTLE_S:
                     continue
+                if outcome is None and name in self._adopted and status.state is launch.JobState.LOST:
+                    # Cancelled with its search, and forgotten since: no failure of the layout.
+                    self.say(f"{name}: job {job_id} of an earlier process is gone; it will be run again")
+                    self._adopted.remove(name)
+                    self._forget(name)
+                    continue
                 self._settle(name, job_id, outcome or self._without_files(job_id, status))
             elif status.state is launch.JobState.RUNNING:
                 since = self._running_since.setdefault(name, now)
@@ -101,7 +109,7 @@ class Campaign:
     def _progress(self, name: str) -> str:
         """A layout under way and how far it is, as far as its job has said so."""
         told = self.results.read_progress(name)
-        return f"{name} (step {told.step} of {told.of})" if told else f"{name} ({self._states[name]})"
+        return f"{name} (step {told.step} of {told.of})" if told else f"{name} ({self._states.get(name, 'ending')})"
 
     def _tell(self, name: str, status: launch.JobStatus) -> None:
         state = f"{status.state.value}{f', {status.detail}' if status.detail else ''}"
@@ -119,8 +127,13 @@ class Campaign:
         last = (own or [""])[-1]
         return Failure(kind=kind, message=f"{status.detail}{f'; last line: {last}' if last else ''}", log_path=str(log))
 
-    def _settle(self, name: str, job_id: str, outcome: Outcome) -> None:
+    def _forget(self, name: str) -> None:
         self.under_way.pop(name, None)
+        for known in (self._running_since, self._ended_since, self._states):
+            known.pop(name, None)
+
+    def _settle(self, name: str, job_id: str, outcome: Outcome) -> None:
+        self._forget(name)
         record = OutcomeRecord(
             name=name,
             job_id=job_id,

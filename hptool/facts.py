@@ -1,6 +1,7 @@
 """What is given: GPUs, clusters and model shapes. No I/O; `files.py` reads these types from YAML."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -80,6 +81,18 @@ class SlurmOptions:
     setup: tuple[str, ...] = ()
     extra_options: Mapping[str, str | int | bool] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in self.extra_options:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
+                msg = f"extra_options: {name!r} given, allowed are sbatch's long options without their dashes"
+                raise ValueError(msg)
+        # A line break would end the #SBATCH comment, and the rest would be run as a command.
+        words = {name: getattr(self, name) for name in ("partition", "account", "qos", "constraint")}
+        for name, value in {**words, **self.extra_options}.items():
+            if isinstance(value, str) and not value.isprintable():
+                msg = f"{name}: {value!r} given, allowed is one line of printable text"
+                raise ValueError(msg)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
@@ -100,6 +113,10 @@ class Cluster:
         for name in ("nodes", "gpus_per_node"):
             if getattr(self, name) < 1:
                 msg = f"{name}: {getattr(self, name)} given, allowed is 1 or more"
+                raise ValueError(msg)
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                msg = f"environment: {name!r} given, allowed are names of letters, digits and _"
                 raise ValueError(msg)
         if self.scheduler == "local" and self.nodes != 1:
             msg = f"nodes: {self.nodes} given, allowed is 1 with scheduler: local"

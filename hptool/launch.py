@@ -187,7 +187,7 @@ def blocked(*signals: signal.Signals) -> Iterator[None]:
 # ---------------------------------------------------------------- Slurm
 
 _ACTIVE = frozenset(
-    "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED PREEMPTED".split()  # noqa: SIM905
+    "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED".split()  # noqa: SIM905
 )
 _WAITING = frozenset("PENDING REQUEUED REQUEUE_HOLD REQUEUE_FED SPECIAL_EXIT".split())  # noqa: SIM905
 

@@ -1,5 +1,6 @@
 """What a run leaves behind: a measurement, or a failure with its reason."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,12 +34,13 @@ class Failure:
 class Measurement:
     """One timed run.
 
-    `step_times_s` are the steps after `warmup_steps`, slowest rank, device synchronised. `losses` are the mean
-    loss of every step from the first. `peak_memory_gib` is of the fullest rank, and `memory_kind` says what was
-    read: "max allocated" by the device's allocator, or "max resident" of the process.
+    `step_times_s` are the steps after `warmup_steps`, slowest rank, device synchronised; `step_time_s` is their
+    median. `losses` are the mean loss of every step from the first. `peak_memory_gib` is of the fullest rank, and
+    `memory_kind` says what was read: "max allocated" by the device's allocator, or "max resident" of the process.
     """
 
     step_times_s: tuple[float, ...]
+    step_time_s: float
     warmup_steps: int
     losses: tuple[float, ...]
     peak_memory_gib: float
@@ -60,11 +62,9 @@ class Measurement:
         if not self.step_times_s:
             msg = "step_times_s: no step given, allowed is one or more"
             raise ValueError(msg)
-
-    @property
-    def step_time_s(self) -> float:
-        """Median of the timed steps."""
-        return median(self.step_times_s)
+        if not math.isclose(self.step_time_s, median(self.step_times_s)):
+            msg = f"step_time_s: {self.step_time_s} given, allowed is the median of step_times_s"
+            raise ValueError(msg)
 
 
 Outcome: TypeAlias = Measurement | Failure

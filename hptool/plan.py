@@ -97,6 +97,8 @@ def make_plan(request: SearchRequest) -> Plan:
             raise InputError(f"--{name.replace('_', '-')}: {getattr(request, name)} given, allowed is more than 0")
     if request.max_steps_per_run < 2:  # noqa: PLR2004 (one to warm up, one to time)
         raise InputError(f"--max-steps-per-run: {request.max_steps_per_run} given, allowed is 2 or more")
+    if request.results is not None and not str(request.results).isprintable():
+        raise InputError(f"--results: {str(request.results)!r} given, allowed is a path of printable text")
     cluster = files.read_cluster(request.cluster)
     nodes = request.nodes if request.nodes is not None else cluster.nodes
     if not 1 <= nodes <= cluster.nodes:

@@ -156,6 +156,7 @@ def table_rows(report: Report) -> list[dict[str, Any]]:
                 "gbs": row.gbs,
                 "step_time_s": m.step_time_s if m else None,
                 "predicted_step_time_s": row.predicted_step_time_s,
+                "error_pct": row.error_pct,
                 "model_tflops_per_gpu": m.model_tflops_per_gpu if m else None,
                 "predicted_model_tflops_per_gpu": row.predicted_model_tflops_per_gpu,
                 "mfu": m.model_tflops_per_gpu / report.peak_tflops if m else None,

@@ -49,13 +49,6 @@ class OutcomeRecord:
         if (self.measurement is None) == (self.failure is None):
             raise ValueError("measurement, failure: both or neither given, allowed is one of them")
 
-    @property
-    def outcome(self) -> Outcome:
-        """The measurement or the failure."""
-        found = self.measurement or self.failure
-        assert found is not None  # noqa: S101 (our own invariant)
-        return found
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:

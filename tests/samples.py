@@ -15,6 +15,7 @@ def measurement(step_time_s: float = 0.5, tflops: float = 0.01) -> Measurement:
     """Three steps around a median."""
     return Measurement(
         step_times_s=(step_time_s * 1.1, step_time_s, step_time_s * 0.9),
+        step_time_s=step_time_s,
         warmup_steps=2,
         losses=(6.3, 6.2, 6.1, 6.0, 5.9),
         peak_memory_gib=0.4,

@@ -144,3 +144,19 @@ def test_a_job_that_is_gone_without_an_outcome_is_free_to_be_run_again(campaign:
     again.take_over()
     assert not again.under_way
     assert not again.outcomes
+
+
+def test_an_adopted_job_that_is_lost_is_no_failure_but_free_again(
+    campaign: Campaign, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = Campaign(campaign.plan, campaign.results, said.append)
+    again.launcher = campaign.launcher
+    again.take_over()  # the scheduler is still asked whether it knows the job
+    assert again.under_way
+    scheduler(campaign).answer = JobStatus(state=JobState.LOST, meaning=FailureKind.LOST)
+    again.collect()
+    later(monkeypatch, 6)
+    again.collect()
+    assert not again.under_way
+    assert not again.outcomes
+    assert "will be run again" in said[-1]

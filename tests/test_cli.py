@@ -199,3 +199,18 @@ def test_without_megatron_the_extra_is_named(tmp_path: Path, monkeypatch: pytest
     assert done.exit_code == 2
     assert "pip install 'hptool[worker]'" in done.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"environment": {"X; touch pwned; Y": "1"}}, "environment: 'X; touch pwned; Y' given"),
+        ({"slurm": {"partition": "a\ntouch pwned"}}, "partition: 'a\\ntouch pwned' given, allowed is one line"),
+        ({"slurm": {"extra_options": {"comment": "a\ntouch pwned"}}}, "comment: 'a\\ntouch pwned' given"),
+        ({"slurm": {"extra_options": {"x\ntouch pwned": 1}}}, "extra_options: 'x\\ntouch pwned' given"),
+    ],
+)
+def test_a_profile_cannot_write_lines_of_a_script(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    done = search(tmp_path, "--dry-run", cluster=profile(tmp_path, **changes))
+    assert done.exit_code == 2
+    assert said in done.output

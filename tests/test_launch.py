@@ -101,6 +101,7 @@ def launcher(dgx_a100: Cluster, tmp_path: Path) -> SlurmLauncher:
         ("OUT_OF_MEMORY|OutOfMemory", JobState.ENDED, FailureKind.OOM),
         ("TIMEOUT|TimeLimit", JobState.ENDED, FailureKind.TIMEOUT),
         ("CANCELLED|None", JobState.ENDED, FailureKind.LOST),
+        ("PREEMPTED|None", JobState.ENDED, FailureKind.LOST),  # submitted with --no-requeue, so it is over
         ("NODE_FAIL|NodeDown", JobState.ENDED, FailureKind.LOST),
     ],
 )

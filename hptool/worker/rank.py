@@ -175,6 +175,7 @@ def _measurement(config: BaseConfig, reports: list[StepReport], peak_gib: float,
     model_flops = model_flops_per_step(shape, gbs)
     return Measurement(
         step_times_s=tuple(times),
+        step_time_s=median(times),
         warmup_steps=warmup,
         losses=tuple(report.loss for report in reports),
         peak_memory_gib=peak_gib,
