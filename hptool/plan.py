@@ -16,6 +16,7 @@ from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enu
 from hptool.errors import InputError, NoFeasibleLayout
 from hptool.facts import Cluster
 from hptool.predict import Predictions, predict
+from hptool.worker.refusals import refuse_impossible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +113,8 @@ def make_plan(request: SearchRequest) -> Plan:
         raise NoFeasibleLayout(_nothing_feasible(config, candidates))
     predictions = predict(candidates.layouts, config.workload, cluster)
     best = predictions.layouts.row(int(predictions.ranking()[0]))
+    # What no layout could mend is better refused here than by every run.
+    refuse_impossible(config.with_layout(best), request.model)
     default = Path("results") / f"{config.run.name}-{cluster.name}-{nodes}n".replace("/", "-")
     return Plan(
         request=replace(request, space=space),

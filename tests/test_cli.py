@@ -69,6 +69,10 @@ def profile(tmp_path: Path, **changes: object) -> str:
         (["trainer.precision=fp64"], "trainer.precision: 'fp64' given, allowed is 'bf16'"),
         (["trainer.num_nodes=4"], "trainer.num_nodes: 4 given, allowed is 1"),
         (["--mbs", "1", "model.micro_batch_size=2"], "is fixed here and listed by --mbs; give one of them"),
+        (
+            ["model.optim.overlap_param_sync=true"],
+            "overlap_param_sync: True given, allowed is False unless",
+        ),
         (["nonsense"], "'nonsense': an override is written key.key=value"),
     ],
 )
