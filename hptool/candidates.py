@@ -1,9 +1,10 @@
 """Layouts: enumerate the ways to cut a model over GPUs, and reject what cannot start, with a reason."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ class Layout:
     pp: int = 1
     vpp: int = 1
     cp: int = 1
+    ep: int = 1
     mbs: int = 1
     recompute: Recompute = Recompute.NONE
     recompute_num_layers: int = 0
@@ -57,13 +59,30 @@ class Layout:
     @property
     def name(self) -> str:
         """A file name that tells this layout from every other."""
-        return (
-            f"tp{self.tp}-pp{self.pp}-vpp{self.vpp}-cp{self.cp}-mbs{self.mbs}-{self.recompute_label.replace('-', '')}"
-        )
+        experts = f"-ep{self.ep}" if self.ep > 1 else ""
+        recompute = self.recompute_label.replace("-", "")
+        return f"tp{self.tp}-pp{self.pp}-vpp{self.vpp}-cp{self.cp}{experts}-mbs{self.mbs}-{recompute}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """The layout that `name` (or a part of it, such as `tp8-pp8`) stands for; ValueError where it names none."""
+        values: dict[str, Any] = {}
+        for word in text.lower().split("-"):
+            axis = re.fullmatch(r"(tp|pp|vpp|cp|ep|mbs)([1-9][0-9]*)", word)
+            mode = re.fullmatch(r"(none|selective)|(uniform|block)([1-9][0-9]*)", word)
+            if axis and axis[1] not in values:
+                values[axis[1]] = int(axis[2])
+            elif mode and "recompute" not in values:
+                values["recompute"] = Recompute[(mode[1] or mode[2]).upper()]
+                values["recompute_num_layers"] = int(mode[3] or 0)
+            else:
+                msg = f"{text!r} given, allowed is a layout such as tp8-pp8-vpp3-cp1-mbs1-none or a part of it"
+                raise ValueError(msg)
+        return cls(**values)
 
 
 #: The columns of a table of layouts, in the order in which layouts are named and sorted.
-AXES = ("tp", "pp", "vpp", "cp", "mbs", "recompute", "recompute_num_layers")
+AXES = ("tp", "pp", "vpp", "cp", "ep", "mbs", "recompute", "recompute_num_layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,6 +93,7 @@ class Layouts:
     pp: IntColumn
     vpp: IntColumn
     cp: IntColumn
+    ep: IntColumn
     mbs: IntColumn
     recompute: IntColumn
     recompute_num_layers: IntColumn
@@ -119,6 +139,7 @@ class Workload:
     dropout: bool = False
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
+    zero_stage: int = 1
     vocab_divisor: int = VOCAB_DIVISOR
 
 
@@ -142,6 +163,7 @@ class SearchSpace:
     pp: tuple[int, ...] | None = None
     vpp: tuple[int, ...] | None = None
     cp: tuple[int, ...] | None = None
+    ep: tuple[int, ...] | None = None
     mbs: tuple[int, ...] | None = None
     recompute: tuple[tuple[Recompute, int | None], ...] | None = None
 
@@ -191,6 +213,7 @@ def _product(space: SearchSpace, work: Workload, limits: SearchLimits) -> Layout
     tp = space.tp or _divisors(work.gpus_per_node)
     pp = space.pp or tuple(d for d in _divisors(shape.num_layers) if d <= work.gpus)
     cp = space.cp or _auto_cp(work, limits)
+    ep = space.ep or _divisors(shape.num_experts or 1)
     mbs = space.mbs or tuple(m for m in limits.mbs if m <= work.gbs)
     blocks = []
     for stages in sorted(set(pp)):
@@ -199,10 +222,17 @@ def _product(space: SearchSpace, work: Workload, limits: SearchLimits) -> Layout
             layers = max(1, shape.num_layers // (stages * chunks))
             recompute = sorted(set(_recompute_pairs(space, layers, limits)))
             grid = np.meshgrid(
-                np.unique(tp), [stages], [chunks], np.unique(cp), np.unique(mbs), range(len(recompute)), indexing="ij"
+                np.unique(tp),
+                [stages],
+                [chunks],
+                np.unique(cp),
+                np.unique(ep),
+                np.unique(mbs),
+                range(len(recompute)),
+                indexing="ij",
             )
-            pairs = np.array(recompute, dtype=np.int64)[grid[5].ravel()]
-            blocks.append(np.column_stack([*(axis.ravel() for axis in grid[:5]), pairs]))
+            pairs = np.array(recompute, dtype=np.int64)[grid[6].ravel()]
+            blocks.append(np.column_stack([*(axis.ravel() for axis in grid[:6]), pairs]))
     rows = np.concatenate(blocks).astype(np.int64)
     rows = rows[np.lexsort(rows.T[::-1])]
     return Layouts(**{axis: rows[:, i].copy() for i, axis in enumerate(AXES)})
@@ -267,6 +297,11 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
         (f"tp reaches over a node of {work.gpus_per_node} GPUs", work.gpus_per_node % t.tp != 0),
         (f"tp·pp·cp does not divide the {work.gpus} GPUs", work.gpus % t.gpus_per_replica != 0),
         (f"pp·vpp does not divide the {shape.num_layers} layers", shape.num_layers % (t.pp * t.vpp) != 0),
+        (f"ep does not divide the {max(1, shape.num_experts)} experts", max(1, shape.num_experts) % t.ep != 0),
+        (
+            "tp·ep·pp does not divide the GPUs (experts are spread over the ranks of data and context parallelism)",
+            work.gpus % (t.tp * t.ep * t.pp) != 0,
+        ),
         ("a virtual pipeline needs pp > 1", (t.vpp > 1) & (t.pp == 1)),
         (f"2·cp does not divide the sequence of {shape.seq_length}", (t.cp > 1) & (shape.seq_length % (2 * t.cp) != 0)),
         ("context parallelism needs flash attention", (t.cp > 1) & (not work.flash_attention)),

@@ -136,6 +136,98 @@ def search_train_command(as_json: bool, output_top_n: int, overrides: tuple[str,
         sys.exit(_SIGNALLED + number)
 
 
+_PREDICT_EXAMPLES = """\b
+Examples:
+  hptool predict --model gpt3/175b --cluster dgx-a100 --nodes 128
+  hptool predict --model gpt3/175b --cluster dgx-a100 --nodes 128 --explain tp8-pp8
+  hptool predict --model gpt3/175b --cluster dgx-a100 --nodes 128 --dry-run-memory tp8-pp8
+  hptool predict runs.csv --output predicted.csv
+  hptool predict runs.csv --output predicted.csv --calibrate measured.csv
+"""
+
+
+@main.command("predict", epilog=_PREDICT_EXAMPLES)
+@click.option("--model", help="A preset such as gpt3/126m, or the path of a NeMo-Megatron YAML config.")
+@click.option("--cluster", help="A profile such as local or dgx-a100, or the path of one.")
+@click.option("--nodes", type=int, help="Nodes of the training.  [default: all of the profile]")
+@click.option("--framework", help="Whose kernels and buffers to predict.  [default: hptool-worker]")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Layouts in the ranked table.")
+@click.option("--explain", metavar="LAYOUT", help="Show where each second and GiB of it goes, e.g. tp8-pp8.")
+@click.option("--dry-run-memory", metavar="LAYOUT", help="Trace a real rank of it, without a GPU.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where the table with its predictions goes.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="A table of measured runs to learn from.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("words", nargs=-1, metavar="[ROWS.csv | KEY=VALUE...]")
+def predict_command(as_json: bool, words: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Predict step time and memory, measuring nothing.
+
+    With --model: every layout of a model on a cluster, ranked. With ROWS.csv: each row of a table of runs, in the
+    columns of published tables (hidden, layers, heads, seq, gpu and gbs at least; README says what empty cells stand
+    for); rows with measured columns show how good the predictions are.
+    """
+    _terminate_like_ctrl_c()
+    try:
+        from rich.console import Console  # noqa: PLC0415 (as below, because pandas takes a second)
+
+        from hptool import prediction  # noqa: PLC0415
+
+        console = Console(highlight=False)
+        if options["model"] is not None or options["cluster"] is not None:
+            made: prediction.Result = prediction.of_model(words, options, _say)
+        else:
+            made = prediction.of_table(words, options, _say)
+        if as_json:
+            click.echo(json.dumps(made.document(), indent=2))
+        else:
+            made.show(console)
+    except HptoolError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        click.echo("hptool: interrupted", err=True)
+        sys.exit(_SIGNALLED + signal.SIGINT)
+
+
+@main.command("replay")
+@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS.csv")
+@click.option("--grid", "grid_id", metavar="ID", help="Play this grid only.")
+@click.option(
+    "--strategy",
+    type=click.Choice(["ranked", "random", "grid", "naive"]),
+    default="ranked",
+    show_default=True,
+    help="Order of the runs: by prediction, by chance, nested loops, or least model parallelism first.",
+)
+@click.option(
+    "--primary/--all", "primary_only", default=False, show_default=True, help="Grids whose grid_use is primary, or all."
+)
+@click.option("--max-tp", type=click.IntRange(min=1), help="Leave out rows of more tensor parallelism.")
+@click.option("--max-nodes", type=click.IntRange(min=1), help="Leave out rows of more nodes.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random strategy.")
+@click.option("-v", "--verbose", is_flag=True, help="Show every grid.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def replay_command(results: Path, verbose: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Play a search against recorded results.
+
+    Rows of the CSV with the same grid_id are recorded runs of one model on one cluster. A strategy orders them; each
+    try costs one run, a failed one too. Says how many runs it takes until a layout within 2 % of the best was tried.
+    """
+    try:
+        # Here and not above, because pandas takes a second that --help should not cost.
+        from rich.console import Console  # noqa: PLC0415
+
+        from hptool import replay, tables  # noqa: PLC0415
+
+        frame = tables.read_table(results, required=("grid_id",))
+        made = replay.replay(frame, source=str(results), say=_say, **options)
+        if as_json:
+            click.echo(json.dumps(replay.as_json(made), indent=2))
+        else:
+            each_grid = verbose or options["grid_id"] is not None
+            replay.print_replay(made, Console(highlight=False), each_grid=each_grid)
+    except HptoolError as error:
+        _fail(error)
+
+
 def _say(message: str) -> None:
     click.echo(f"hptool: {message}", err=True)
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Precision = Literal["fp32", "bf16"]
+#: What GEMMs compute in. The worker trains in fp32 and bf16; published runs used the others too.
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
 
 #: Megatron pads the vocabulary to a multiple of this times TP (`make_vocab_size_divisible_by`).
 VOCAB_DIVISOR = 128
@@ -14,19 +15,50 @@ VOCAB_DIVISOR = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """Fractions of the data-sheet peaks that real kernels reach; 0 < each <= 1."""
+    """What real kernels reach of the data-sheet peaks: curves of few numbers, measured or fitted per GPU.
+
+    `gemm`, `attention` and `memory` are the fractions that large kernels approach (0 < each <= 1). A GEMM of M·N
+    results over a depth of K reaches half of it at `gemm_half_waves` waves of 128·128 tiles over the
+    multiprocessors, or at a depth of `gemm_half_depth`; attention at a sequence of `attention_half_length`.
+    """
 
     gemm: float
     attention: float
     memory: float
-    network: float
+    gemm_half_waves: float = 0.0
+    gemm_half_depth: float = 0.0
+    attention_half_length: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("gemm", "attention", "memory", "network"):
+        for name in ("gemm", "attention", "memory"):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 msg = f"efficiency.{name}: {value} given, allowed is 0 < x <= 1"
                 raise ValueError(msg)
+        for name in ("gemm_half_waves", "gemm_half_depth", "attention_half_length"):
+            if getattr(self, name) < 0:
+                msg = f"efficiency.{name}: {getattr(self, name)} given, allowed is 0 or more"
+                raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A way between two GPUs: bandwidth for one GPU in one direction, what collectives reach of it, an empty message.
+
+    `efficiency` is bus bandwidth over nominal bandwidth of large collectives.
+    """
+
+    bandwidth_gb_per_s: float
+    latency_us: float
+    efficiency: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.bandwidth_gb_per_s <= 0:
+            msg = f"bandwidth_gb_per_s: {self.bandwidth_gb_per_s} given, allowed is more than 0"
+            raise ValueError(msg)
+        if not 0 < self.efficiency <= 1:
+            msg = f"efficiency: {self.efficiency} given, allowed is 0 < x <= 1"
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +79,11 @@ class GpuSpec:
     memory_gb_per_s: float
     launch_overhead_us: float
     efficiency: Efficiency
+    multiprocessors: int
+    gpus_per_node: int
+    intra_node: Link
+    inter_node: Link
+    gpus_per_nvlink_domain: int | None = None
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -56,14 +93,6 @@ class GpuSpec:
         if not 0 <= self.reserved_gib < self.memory_gib:
             msg = f"reserved_gib: {self.reserved_gib} given, allowed is 0 <= x < memory_gib ({self.memory_gib})"
             raise ValueError(msg)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """A way between two GPUs: bandwidth for one GPU in one direction, and the time of an empty message."""
-
-    bandwidth_gb_per_s: float
-    latency_us: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +153,89 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """Links that published tables name in free text; any of `words` in it (whatever the case) means this one."""
+
+    name: str
+    source: str
+    words: tuple[str, ...]
+    inter_node: Link
+    intra_node: Link | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Networks:
+    """Networks in the order in which they are tried."""
+
+    networks: tuple[Network, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Framework:
+    """What a training framework makes of a layout: its kernels, buffers and habits, with the source of each figure.
+
+    Time. `forward_operations` and `backward_operations` are launched by the host for each layer; `*_passes` count how
+    often kernels that are no GEMM read or write a token's hidden size, the MLP's width, the attention scores (where no
+    flash kernel keeps them on the chip) or the fp32 logits; `attention_speed` is its flash attention over that of
+    the GPU's facts; `collective_us`, `pipeline_sync_us` and `step_overhead_ms` are spent on each doubling of a tensor
+    parallel group in a collective, on each pipeline send, and once a step; `sync_passes` is what it sends over data
+    parallelism, over what it had to.
+
+    Memory. `saved_hidden` and `saved_ffn` count what a layer saves: elements of the hidden size, and of the MLP's
+    width beyond its projections; `gathered_share` of the former is not split by sequence parallelism; `score_bytes`
+    are saved of an attention score beyond the usual. Logits take `logit_bytes` each, and where a framework gathers
+    the whole vocabulary (`gathers_logits`) `gathered_logit_bytes` more. Recomputation rebuilds `rebuilt_layers` at
+    once, of which `rebuilt_beside_logits` lie beside the logits of the last stage. `weight_gradient_buffers` are one
+    more gradient of each weight of a layer; `allocated_mib` are buffers whatever the model.
+
+    The switches below stand for what a published table leaves out. The errors are relative standard deviations of
+    what was not fitted away: how far to trust a prediction that was not calibrated.
+    """
+
+    name: str
+    source: str
+    forward_operations: float
+    backward_operations: float
+    hidden_passes: float
+    ffn_passes: float
+    score_passes: float
+    logit_passes: float
+    attention_speed: float
+    collective_us: float
+    pipeline_sync_us: float
+    step_overhead_ms: float
+    sync_passes: float
+    gradient_bytes: int
+    saved_hidden: float
+    saved_ffn: float
+    gathered_share: float
+    score_bytes: float
+    logit_bytes: float
+    gathers_logits: bool
+    gathered_logit_bytes: float
+    rebuilt_layers: float
+    rebuilt_beside_logits: float
+    weight_gradient_buffers: bool
+    allocated_mib: float
+    recomputes: bool
+    zero_stage: int
+    sequence_parallel: bool
+    flash_attention: bool
+    dropout: bool
+    overlap_grad_sync: bool
+    overlap_param_sync: bool
+    step_time_error: float
+    memory_error: float
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The dimensions of a decoder-only transformer, in Megatron-core's words."""
+    """The dimensions of a transformer, in Megatron-core's words.
+
+    `num_layers`, `seq_length` and `vocab_size` are the decoder's; an encoder beside it (T5) has its own layers and
+    sequence. Of the layers, the first `num_dense_layers` have a plain MLP where the others have experts.
+    """
 
     num_layers: int
     hidden_size: int
@@ -138,6 +248,17 @@ class ModelShape:
     vocab_size: int
     tied_embeddings: bool
     has_bias: bool
+    gated_mlp: bool = False
+    rms_norm: bool = False
+    causal: bool = True
+    learned_positions: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    shared_ffn_hidden_size: int = 0
+    num_dense_layers: int = 0
+    encoder_num_layers: int = 0
+    encoder_seq_length: int = 0
 
     @property
     def attention_width(self) -> int:
@@ -150,25 +271,66 @@ class ModelShape:
         return self.num_query_groups * self.kv_channels
 
     @property
+    def attention_parameters(self) -> int:
+        """Weights of one attention that take part in GEMMs: queries, keys, values and output."""
+        return self.hidden_size * (2 * self.attention_width + 2 * self.kv_width)
+
+    @property
+    def mlp_inputs(self) -> int:
+        """How many times its width an MLP projects its input to: a gated one computes a gate beside the values."""
+        return 2 if self.gated_mlp else 1
+
+    def mlp_parameters(self, width: int) -> int:
+        """Weights of one MLP of this width that take part in GEMMs."""
+        return self.hidden_size * width * (self.mlp_inputs + 1)
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers with experts in the place of their MLP."""
+        return self.num_layers - self.num_dense_layers if self.num_experts else 0
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of one norm, and LayerNorm's biases."""
+        return self.hidden_size if self.rms_norm else 2 * self.hidden_size
+
+    @property
+    def attention_layer_parameters(self) -> int:
+        """All parameters of one attention: weights and biases."""
+        biases = self.attention_width + 2 * self.kv_width + self.hidden_size
+        return self.attention_parameters + self.has_bias * biases
+
+    @property
     def layer_matmul_parameters(self) -> int:
-        """Weights of one layer that take part in a GEMM: qkv, attention output, both of the MLP."""
-        attention = self.hidden_size * (2 * self.attention_width + 2 * self.kv_width)
-        return attention + 2 * self.hidden_size * self.ffn_hidden_size
+        """Weights of one layer without experts that take part in a GEMM."""
+        return self.attention_parameters + self.mlp_parameters(self.ffn_hidden_size)
 
     @property
     def layer_parameters(self) -> int:
-        """All parameters of one layer: the GEMM weights, their biases and two LayerNorms."""
-        biases = 0
-        if self.has_bias:
-            biases = self.attention_width + 2 * self.kv_width + 2 * self.hidden_size + self.ffn_hidden_size
-        return self.layer_matmul_parameters + biases + 4 * self.hidden_size
+        """All parameters of one layer without experts: weights, biases and two norms."""
+        biases = self.mlp_inputs * self.ffn_hidden_size + self.hidden_size
+        mlp = self.mlp_parameters(self.ffn_hidden_size) + self.has_bias * biases
+        return self.attention_layer_parameters + mlp + 2 * self.norm_parameters
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole model, without padding of the vocabulary."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        positions = self.max_position_embeddings * self.hidden_size
-        return self.num_layers * self.layer_parameters + embeddings + positions + 2 * self.hidden_size
+        hidden = self.hidden_size
+        total = (self.num_layers + self.encoder_num_layers) * self.layer_parameters
+        if self.encoder_num_layers:
+            # Cross-attention and its norm in each layer of the decoder; the encoder ends in a norm of its own.
+            cross = self.attention_layer_parameters + self.norm_parameters
+            total += self.num_layers * cross + self.norm_parameters
+        if self.num_experts:
+            # In the place of an MLP: a router, the experts, and an expert that sees every token.
+            width = self.expert_ffn_hidden_size
+            expert = self.mlp_parameters(width) + self.has_bias * (self.mlp_inputs * width + hidden)
+            routed = self.num_experts * (hidden + expert) + self.mlp_parameters(self.shared_ffn_hidden_size)
+            mlp = self.layer_parameters - self.attention_layer_parameters - 2 * self.norm_parameters
+            total += self.num_expert_layers * (routed - mlp)
+        embeddings = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
+        positions = self.max_position_embeddings * hidden if self.learned_positions else 0
+        return total + embeddings + positions + self.norm_parameters
 
     def padded_vocab_size(self, tp: int, divisor: int = VOCAB_DIVISOR) -> int:
         """The vocabulary that a model with this TP really holds (Megatron pads to divisor·TP)."""

@@ -19,7 +19,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from hptool.errors import InputError
-from hptool.facts import Cluster, GpuSpec
+from hptool.facts import Cluster, Framework, GpuSpec, Network, Networks
 
 T = TypeVar("T")
 
@@ -43,11 +43,9 @@ class _Loader(yaml.CSafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+#: `1e-4` is a number; what is written so and is a word has to be quoted.
+_EXPONENT = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
 
 
 def data_directory(name: str) -> Path:
@@ -177,15 +175,47 @@ def with_value(document: Any, keys: Sequence[str], value: Any) -> Any:
 # ---------------------------------------------------------------- facts
 
 
-def read_gpu(name: str, source: str) -> GpuSpec:
-    """The GPU called `name` (or one of its aliases) from `cluster/gpus/`."""
+def read_gpus() -> dict[str, GpuSpec]:
+    """All GPUs of `cluster/gpus/` by their names and aliases, in small letters."""
     known = {}
     for path in sorted((data_directory("cluster") / "gpus").glob("*.yaml")):
         spec = read(path, GpuSpec)
-        known.update(dict.fromkeys((spec.name, *spec.aliases), spec))
-    if name not in known:
+        known.update({name.lower(): spec for name in (spec.name, *spec.aliases)})
+    return known
+
+
+def read_gpu(name: str, source: str) -> GpuSpec:
+    """The GPU called `name` (or one of its aliases) from `cluster/gpus/`."""
+    known = read_gpus()
+    if name.lower() not in known:
         raise InputError(f"{source}: gpu: unknown GPU {name!r}; {nearest(name, sorted(known))}")
+    return known[name.lower()]
+
+
+def read_frameworks() -> dict[str, Framework]:
+    """All frameworks of `cluster/frameworks/` by name; one that is `like` another gives what differs alone."""
+    directory = data_directory("cluster") / "frameworks"
+    return {path.stem: parse(_like(path), Framework, str(path)) for path in sorted(directory.glob("*.yaml"))}
+
+
+def read_framework(name: str) -> Framework:
+    """The framework of that name from `cluster/frameworks/`."""
+    known = read_frameworks()
+    if name not in known:
+        raise InputError(f"--framework: unknown framework {name!r}; {nearest(name, sorted(known))}")
     return known[name]
+
+
+def _like(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = read_yaml(path)
+    if "like" not in document:
+        return document
+    return {**_like(path.with_name(f"{document.pop('like')}.yaml")), "aliases": [], **document}
+
+
+def read_networks() -> tuple[Network, ...]:
+    """The networks of `cluster/networks/`, in the order in which they are to be tried."""
+    return read(data_directory("cluster") / "networks" / "published.yaml", Networks).networks
 
 
 def read_cluster(name_or_path: str) -> Cluster:
@@ -220,6 +250,7 @@ class _Dumper(yaml.CSafeDumper):
         return True
 
 
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
 _Dumper.add_multi_representer(IntEnum, lambda dumper, value: dumper.represent_str(value.name.lower()))
 
 

@@ -14,9 +14,13 @@ from hptool import __version__, files
 from hptool.base_config import BaseConfig, Preset, lightning_time, render
 from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enumerate_layouts
 from hptool.errors import InputError, NoFeasibleLayout
-from hptool.facts import Cluster
-from hptool.predict import Predictions, predict
+from hptool.facts import Cluster, Framework
+from hptool.predict import Predictions, predict, stack
 from hptool.worker.refusals import refuse_impossible
+
+
+#: What a search measures, and so predicts: `cluster/frameworks/hptool-worker.yaml`.
+WORKER_FRAMEWORK = "hptool-worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,7 @@ class Plan:
     cluster: Cluster
     nodes: int
     config: BaseConfig
+    framework: Framework
     candidates: Candidates
     predictions: Predictions
     directory: Path
@@ -91,8 +96,8 @@ def _revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def make_plan(request: SearchRequest) -> Plan:
-    """Read, check, enumerate and predict; writes nothing."""
+def make_plan(request: SearchRequest, framework_name: str | None = None) -> Plan:
+    """Read, check, enumerate and predict; writes nothing. Predicts hptool's own worker unless another is named."""
     for name in ("limit_search_runs", "max_minutes_per_run"):
         if getattr(request, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')}: {getattr(request, name)} given, allowed is more than 0")
@@ -108,10 +113,11 @@ def make_plan(request: SearchRequest) -> Plan:
     space = pinned(request.space, config, request.overrides)
     limits = files.read(files.data_directory("base_configs") / "search_space.yaml", SearchLimits)
     _check_values(space, config, limits)
+    framework = files.read_framework(framework_name or WORKER_FRAMEWORK)
     candidates = enumerate_layouts(space, config.workload, limits)
     if not len(candidates.layouts):
         raise NoFeasibleLayout(_nothing_feasible(config, candidates))
-    predictions = predict(candidates.layouts, config.workload, cluster)
+    predictions = predict(candidates.layouts, stack([(config.workload, cluster, framework)]))
     best = predictions.layouts.row(int(predictions.ranking()[0]))
     # What no layout could mend is better refused here than by every run.
     refuse_impossible(config.with_layout(best), request.model)
@@ -121,6 +127,7 @@ def make_plan(request: SearchRequest) -> Plan:
         cluster=cluster,
         nodes=nodes,
         config=config.with_layout(best),
+        framework=framework,
         candidates=candidates,
         predictions=predictions,
         directory=(request.results or default).absolute(),

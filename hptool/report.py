@@ -176,16 +176,10 @@ def predictions_csv(predictions: Predictions) -> str:
     layouts = predictions.layouts.rows()
     columns: dict[str, Any] = {
         "name": [x.name for x in layouts],
-        **{axis: [getattr(x, axis) for x in layouts] for axis in ("tp", "pp", "vpp", "cp", "mbs")},
+        **{axis: [getattr(x, axis) for x in layouts] for axis in ("tp", "pp", "vpp", "cp", "ep", "mbs")},
         "recompute": [x.recompute_label for x in layouts],
-        "predicted_step_time_s": predictions.step_time_s,
-        "predicted_model_tflops_per_gpu": predictions.model_tflops_per_gpu,
-        "predicted_tokens_per_s_per_gpu": predictions.tokens_per_s_per_gpu,
-        "predicted_memory_gib": predictions.memory_gib,
-        "predicted_p_fit": predictions.p_fit,
+        **predictions.columns(),
     }
-    for part in (predictions.step_time, predictions.memory):
-        columns |= {f"predicted_{f.name}": getattr(part, f.name) for f in fields(part)}
     return str(pd.DataFrame(columns).iloc[predictions.ranking()].to_csv(index=False, float_format="%.6g"))
 
 

@@ -10,7 +10,7 @@ from hptool import files, launch, report, strategy
 from hptool.campaign import Say, measure, planned_run
 from hptool.candidates import Layouts
 from hptool.plan import Plan, SearchRequest, make_plan, run_config
-from hptool.predict import predict
+from hptool.predict import predict, stack
 from hptool.results import ResultsDirectory
 from hptool.worker.refusals import refuse_missing_framework
 
@@ -73,7 +73,7 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
             continue
         layout = layouts[name]
         config = run_config(plan.config, layout, plan.request)
-        expected = predict(Layouts.of([layout]), config.workload, plan.cluster)
+        expected = predict(Layouts.of([layout]), stack([(config.workload, plan.cluster, plan.framework)]))
         rows.append(
             report.Row(
                 layout=layout,

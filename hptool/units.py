@@ -7,6 +7,7 @@ GIB = 2**30
 MIB = 2**20
 GB = 10**9
 TERA = 10**12
+MILLI = 1e-3
 MICRO = 1e-6
 
 SECONDS_PER_MINUTE = 60

@@ -5,7 +5,7 @@ from pathlib import Path
 from hptool import files
 from hptool.candidates import Layout, Rejection, SearchSpace, enumerate_layouts
 from hptool.measurement import Failure, FailureKind, Measurement
-from hptool.predict import predict
+from hptool.predict import predict, stack
 from hptool.report import Report, Row, ranked
 from tests.conftest import preset_config
 from tests.test_candidates import LIMITS
@@ -55,6 +55,7 @@ def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
     """A search of the tiny GPT-3 on two CPU ranks with these runs."""
     cluster = files.read_cluster("local")
     config = preset_config("tiny", cluster, 1)
+    framework = files.read_framework("hptool-worker")
     candidates = enumerate_layouts(SearchSpace(tp=(1, 2), pp=(1, 2), mbs=(1, 2)), config.workload, LIMITS)
     winner = next((r for r in ranked(rows) if r.measurement), None)
     return Report(
@@ -70,7 +71,7 @@ def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
         rejections=(Rejection(reason="tp·pp·cp does not divide the 2 GPUs", count=2, example="tp2-pp2"),),
         rows=ranked(rows),
         planned_runs=4,
-        predictions=predict(candidates.layouts, config.workload, cluster),
+        predictions=predict(candidates.layouts, stack([(config.workload, cluster, framework)])),
         notes=notes,
         optimal_path=str(Path("results/demo/optimal.yaml")) if winner else None,
         train_command="python -m hptool.worker results/demo/optimal.yaml" if winner else None,

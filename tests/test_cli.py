@@ -16,15 +16,15 @@ from hptool import files
 from hptool.cli import main
 
 
-def hptool(*words: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words], env={"COLUMNS": "100"})
+def hptool(*words: str | Path, columns: int = 100) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words], env={"COLUMNS": str(columns)})
 
 
 def search(tmp_path: Path, *words: str, model: str = "gpt3/tiny", cluster: str = "local") -> Result:
     return hptool("search-train", "--model", model, "--cluster", cluster, "--results", tmp_path / "run", *words)
 
 
-@pytest.mark.parametrize("command", [[], ["search-train"]])
+@pytest.mark.parametrize("command", [[], ["search-train"], ["predict"], ["replay"]])
 def test_help_is_frozen(command: list[str], snapshot: SnapshotAssertion) -> None:
     assert hptool(*command, "--help").output == snapshot
 

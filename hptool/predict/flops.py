@@ -11,26 +11,35 @@ MODEL_FLOPS_CONVENTION = (
 FORWARD_AND_BACKWARD = 3
 
 
-def attention_flops_per_token(shape: ModelShape) -> float:
-    """Forward FLOPs of one layer's core attention for one token of a full sequence.
+def attention_flops(shape: ModelShape, queries: int, keys: int, *, causal: bool) -> float:
+    """Forward FLOPs of one layer's core attention over one sequence.
 
-    Scores and weighted values are two GEMMs of 2·s·width; a causal mask needs half of each (Megatron-LM's
+    Scores and weighted values are two GEMMs of 2·queries·keys·width; a causal mask needs half of each (Megatron-LM's
     `num_floating_point_operations` halves it too).
     """
-    return 2 * 2 * shape.seq_length * shape.attention_width / 2
+    return 2 * 2 * queries * keys * shape.attention_width * (0.5 if causal else 1.0)
 
 
-def layer_flops_per_token(shape: ModelShape) -> float:
-    """Forward FLOPs of one layer for one token: two for each weight of a GEMM, and the attention."""
-    return 2 * shape.layer_matmul_parameters + attention_flops_per_token(shape)
-
-
-def logit_flops_per_token(shape: ModelShape) -> float:
-    """Forward FLOPs of the output layer for one token."""
-    return 2 * shape.hidden_size * shape.vocab_size
+def model_flops_per_sequence(shape: ModelShape) -> float:
+    """FLOPs that training on one sequence needs, by `MODEL_FLOPS_CONVENTION`."""
+    hidden, decoder, encoder = shape.hidden_size, shape.seq_length, shape.encoder_seq_length
+    dense = shape.mlp_parameters(shape.ffn_hidden_size)
+    routed = shape.experts_per_token * shape.mlp_parameters(shape.expert_ffn_hidden_size)
+    expert = routed + shape.mlp_parameters(shape.shared_ffn_hidden_size) + shape.num_experts * hidden
+    mlps = (shape.num_layers - shape.num_expert_layers) * dense + shape.num_expert_layers * expert
+    attention: float = 2 * decoder * shape.attention_parameters
+    attention += attention_flops(shape, decoder, decoder, causal=shape.causal)
+    total: float = 2 * decoder * mlps + shape.num_layers * attention
+    if shape.encoder_num_layers:
+        # Cross-attention: queries and output of the decoder's tokens, keys and values of the encoder's.
+        cross = 2 * hidden * (decoder * 2 * shape.attention_width + encoder * 2 * shape.kv_width)
+        total += shape.num_layers * (cross + attention_flops(shape, decoder, encoder, causal=False))
+        own = 2 * encoder * (shape.attention_parameters + dense)
+        total += shape.encoder_num_layers * (own + attention_flops(shape, encoder, encoder, causal=False))
+    logits = 2 * decoder * hidden * shape.vocab_size
+    return FORWARD_AND_BACKWARD * (total + logits)
 
 
 def model_flops_per_step(shape: ModelShape, gbs: int) -> float:
     """FLOPs that a step of `gbs` sequences needs, by `MODEL_FLOPS_CONVENTION`, over all GPUs."""
-    per_token = shape.num_layers * layer_flops_per_token(shape) + logit_flops_per_token(shape)
-    return FORWARD_AND_BACKWARD * per_token * gbs * shape.seq_length
+    return gbs * model_flops_per_sequence(shape)

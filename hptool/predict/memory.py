@@ -1,152 +1,288 @@
 """Memory of the fullest rank, as its parts. All figures in GiB, one row a layout.
 
-The byte counts are those of Megatron-core's local layers with saved tensors counted one by one; with bf16 and
-dropout they add up to the 34·s·b·h of Korthikanti et al. 2022 (arXiv:2205.05198).
+The byte counts are those of Megatron-core's layers with saved tensors counted one by one; with bf16 and dropout they
+add up to the 34·s·b·h of Korthikanti et al. 2022 (arXiv:2205.05198).
 """
 
 from dataclasses import dataclass, fields
 
 import numpy as np
 
-from hptool.candidates import IntColumn, Layouts, Recompute, Workload
-from hptool.facts import GpuSpec, Precision
-from hptool.predict.parallel import data_parallel, keeps_scores_on_chip, microbatches
-from hptool.predict.parts import Column, add_up
-from hptool.units import GIB, MIB
-
-#: Bytes of a weight, of its gradient, and of its optimizer state before sharding. Adam keeps two fp32 moments, and
-#: beside bf16 weights an fp32 copy; bf16 gradients are accumulated in fp32 (Megatron's distributed optimizer:
-#: 6 + 12/dp bytes a parameter in all).
-WEIGHT_BYTES: dict[Precision, int] = {"bf16": 2, "fp32": 4}
-GRADIENT_BYTES: dict[Precision, int] = {"bf16": 4, "fp32": 4}
-OPTIMIZER_BYTES: dict[Precision, int] = {"bf16": 12, "fp32": 8}
+from hptool.candidates import Layouts, Recompute
+from hptool.predict.parallel import (
+    Table,
+    data_parallel,
+    hidden_split,
+    microbatches,
+    padded_vocab,
+    stage_layers,
+    tokens,
+)
+from hptool.predict.parts import Column, add_up, choose
+from hptool.predict.setting import Setting
+from hptool.units import GIB
 
 #: Mean and reciprocal deviation of two norms a layer, fp32, for each token.
 NORM_STATISTICS_BYTES = 16
 
-#: What Megatron-LM's local layers hold in the allocator whatever the model (workspaces), fitted on 208 runs of its CI.
-LOCAL_LAYERS_FIXED_BYTES = 144 * MIB
+#: Copies of a token that dispatching it to an expert and back saves: sent and received, permuted, and the expert's
+#: result before and after it is permuted back. Explains the MoE runs of Megatron-LM's CI to 8 %.
+ROUTED_COPIES = 5
 
-#: Reserved over allocated memory of the CUDA caching allocator: median of published B200 runs (maximum 1.09).
-ALLOCATOR_SLACK = 0.04
+#: What fragments of the CUDA caching allocator's blocks cannot be used, over what is allocated. Published runs
+#: reserve 1.04 times what they allocate (median on B200), but the allocator gives its cache back before it fails.
+ALLOCATOR_SLACK = 0.015
 
-#: Relative standard error of the total, from the same runs where nothing was calibrated.
-RELATIVE_ERROR = 0.10
+#: The stage of ZeRO in which weights and gradients are sharded too (FSDP).
+ZERO_WEIGHTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Memory:
-    """The parts of the fullest rank's memory, GiB; they add up to `total_gib`."""
+    """The parts of a rank's memory, GiB; they add up to `total_gib`.
+
+    `framework_gib` are buffers that the framework allocates whatever the model; `slack_gib` is what the caching
+    allocator holds beyond its tensors; `reserved_gib` lies outside it: device context and communication library.
+    """
 
     weights_gib: Column
     gradients_gib: Column
     optimizer_gib: Column
     activations_gib: Column
     logits_gib: Column
+    buffers_gib: Column
+    framework_gib: Column
+    slack_gib: Column
     reserved_gib: Column
 
     @property
     def total_gib(self) -> Column:
-        """All of it."""
+        """All of it: what has to fit into the device."""
         return add_up(self)
 
+    @property
+    def allocated_gib(self) -> Column:
+        """The tensors alone: what `torch.cuda.max_memory_allocated` reports."""
+        parts = (self.weights_gib, self.gradients_gib, self.optimizer_gib, self.activations_gib, self.logits_gib)
+        return np.asarray(sum(parts) + self.buffers_gib + self.framework_gib)
 
-def rank_parameters(t: Layouts, work: Workload, *, first: bool, last: bool) -> IntColumn:
-    """Parameters that one rank of a stage holds. A model without a pipeline is first and last stage in one."""
-    shape = work.shape
-    hidden = shape.hidden_size
-    # Split over TP: both GEMMs of attention and MLP, and the biases of the column-parallel ones.
-    split = shape.layer_matmul_parameters
-    whole = 4 * hidden
-    if shape.has_bias:
-        split += shape.attention_width + 2 * shape.kv_width + shape.ffn_hidden_size
-        whole += 2 * hidden
-    parameters = shape.num_layers // t.pp * (split // t.tp + whole)
-    padded = -(-shape.vocab_size // (work.vocab_divisor * t.tp)) * work.vocab_divisor
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RankParameters:
+    """Parameters that one rank of a stage holds: those of experts, and all others."""
+
+    dense: Column
+    experts: Column
+
+    @property
+    def total(self) -> Column:
+        """All of them."""
+        return np.asarray(self.dense + self.experts)
+
+
+def rank_parameters(t: Layouts, s: Setting, *, first: bool, last: bool) -> RankParameters:
+    """Parameters of one rank of a stage. A model without a pipeline is first and last stage in one."""
+    attention = s.hidden * (2 * s.attention_width + 2 * s.kv_width)
+    mlp = s.hidden * s.ffn * (s.mlp_inputs + 1)
+    # Split over TP: the GEMMs of attention and MLP, and the biases of the column-parallel ones.
+    attention = (attention + s.bias * (s.attention_width + 2 * s.kv_width)) / t.tp + s.bias * s.hidden
+    mlp = (mlp + s.bias * s.mlp_inputs * s.ffn) / t.tp + s.bias * s.hidden
+    layers = stage_layers(t, s)
+    dense = layers * (attention + mlp + 2 * s.norm)
+    experts = np.zeros(len(t))
+    if np.any(s.experts):
+        expert_layers = layers * s.expert_layers / s.num_layers
+        shared_mlp = s.hidden * s.shared_ffn * (s.mlp_inputs + 1) / t.tp
+        dense = dense + expert_layers * (s.experts * s.hidden + shared_mlp - mlp)
+        one = s.hidden * s.expert_ffn * (s.mlp_inputs + 1) + s.bias * s.mlp_inputs * s.expert_ffn
+        experts = expert_layers * s.experts / t.ep * (one / t.tp + s.bias * s.hidden)
+    if np.any(s.encoder_layers):
+        cross = np.where(s.encoder_layers > 0, layers * (attention + s.norm), 0)
+        dense = dense + cross + np.ceil(s.encoder_layers / t.pp) * (attention + mlp + 2 * s.norm)
+    table = padded_vocab(t, s) * s.hidden
     if first:
-        parameters = parameters + padded * hidden + shape.max_position_embeddings * hidden
+        dense = dense + table + s.positions * s.hidden + (s.encoder_layers > 0) * s.norm
     if last:
         # The last stage needs its own copy of tied embeddings, unless it is the first stage too.
-        own_head = 0 if first and shape.tied_embeddings else 1
-        parameters = parameters + own_head * padded * hidden + 2 * hidden
-    return parameters
+        dense = dense + (1 - s.tied * first) * table + s.norm
+    return RankParameters(dense=np.asarray(dense), experts=experts)
 
 
-def layer_activation_bytes(t: Layouts, work: Workload, gpu: GpuSpec) -> Column:
-    """Bytes that one layer saves for the backward pass of one microbatch, without recomputing whole layers."""
-    shape = work.shape
-    element = WEIGHT_BYTES[work.precision]
-    tokens = t.mbs * shape.seq_length / t.cp
-    hidden_split = np.where(work.sequence_parallel, t.tp, 1)
-    # Input and output of both norms; dropout masks of one byte behind attention and MLP.
-    on_hidden = shape.hidden_size * (4 * element + (2 if work.dropout else 0)) / hidden_split
-    # Queries, keys, values, the attention's output, and the MLP's activation before and after GELU.
-    on_heads = (2 * shape.attention_width + 2 * shape.kv_width + 2 * shape.ffn_hidden_size) * element / t.tp
-    # With context parallelism each rank keeps the keys and values that it gathered from all, beside its own.
-    gathered = np.where(t.cp > 1, 2 * shape.kv_width * t.cp * element / t.tp, 0)
-    heads_per_rank = shape.num_attention_heads / t.tp
-    if keeps_scores_on_chip(work, gpu):
-        attention = 4 * heads_per_rank * tokens  # the softmax's log-sum-exp, fp32
-    else:
-        # Softmax, and with dropout its mask and result: 5·a·s²·b in bf16.
-        per_score = 2 * element + 1 if work.dropout else element
-        scores = per_score * heads_per_rank * tokens * shape.seq_length
-        attention = np.where(t.recompute == Recompute.SELECTIVE, 0, scores)
-    return np.asarray((on_hidden + on_heads + gathered + NORM_STATISTICS_BYTES) * tokens + attention, dtype=np.float64)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _States:
+    """GiB of weights, gradients and optimizer on a rank of the first stage, and of the last."""
+
+    first_weights: Column
+    first_gradients: Column
+    first_optimizer: Column
+    last_weights: Column
+    last_gradients: Column
+    last_optimizer: Column
 
 
-def _activation_bytes(t: Layouts, work: Workload, gpu: GpuSpec, in_flight: Column) -> Column:
-    """All saved activations of a stage: `in_flight` counts microbatches of a chunk, L/(pp·vpp) layers each."""
-    shape = work.shape
-    layers = shape.num_layers / (t.pp * t.vpp)
-    whole = layer_activation_bytes(t, work, gpu)
-    # A recomputed layer (or chunk of layers) keeps its input alone, and one is rebuilt at a time.
-    tokens = t.mbs * shape.seq_length / t.cp
-    inputs = tokens * shape.hidden_size * WEIGHT_BYTES[work.precision] / np.where(work.sequence_parallel, t.tp, 1)
-    count = np.maximum(1, t.recompute_num_layers)
-    uniform = in_flight * (layers / count) * inputs + count * whole
-    block = in_flight * (count * inputs + (layers - count) * whole) + whole
-    return np.select(
-        [t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK],
-        [uniform, block],
-        default=in_flight * layers * whole,
+def _states(t: Layouts, s: Setting) -> _States:
+    replicas = data_parallel(t, s) * t.cp
+    zero3 = s.zero_stage >= ZERO_WEIGHTS
+    columns = []
+    for parameters in (stage_parameters(t, s, first=True), stage_parameters(t, s, first=False)):
+        whole = parameters.total
+        sharded = parameters.dense / replicas + parameters.experts / np.maximum(1.0, replicas / t.ep)
+        columns += [
+            s.element_bytes / GIB * choose(zero3, sharded, whole),
+            s.gradient_bytes / GIB * choose(zero3, sharded, whole),
+            s.optimizer_bytes / GIB * choose(s.zero_stage >= 1, sharded, whole),
+        ]
+    return _States(**dict(zip((f.name for f in fields(_States)), columns, strict=True)))
+
+
+def stage_parameters(t: Layouts, s: Setting, *, first: bool) -> RankParameters:
+    """Parameters of a rank of the first stage, or else of the last; without a pipeline they are one."""
+    alone = rank_parameters(t, s, first=True, last=True)
+    stage = rank_parameters(t, s, first=first, last=not first)
+    single = t.pp == 1
+    return RankParameters(
+        dense=np.where(single, alone.dense, stage.dense), experts=np.where(single, alone.experts, stage.experts)
     )
 
 
-def predict_memory(t: Layouts, work: Workload, gpu: GpuSpec) -> Memory:
+def layer_activation_bytes(t: Layouts, s: Setting) -> Column:
+    """Bytes that one layer saves for the backward pass of one microbatch, without recomputing whole layers."""
+    on_rank = tokens(t, s)
+    e = s.element_bytes
+    split = hidden_split(t, s)
+    # Input and output of both norms; dropout masks of one byte behind attention and MLP. What sequence parallelism
+    # gathers for a GEMM and keeps is not split.
+    on_hidden = s.hidden * (s.saved_hidden * e + 2 * s.dropout) * ((1 - s.gathered_share) / split + s.gathered_share)
+    # Queries, keys, values and the attention's output.
+    on_heads = (2 * s.attention_width + 2 * s.kv_width) * e / t.tp
+    # What the MLP projects to, before and after its activation; with experts for each token routed to one, with the
+    # token's copy before and after.
+    widths = s.mlp_inputs + 1 + s.saved_ffn
+    dense = widths * s.ffn * e / t.tp
+    routed = s.experts_per_token * (widths * s.expert_ffn / t.tp + ROUTED_COPIES * s.hidden) * e
+    routed = routed + widths * s.shared_ffn * e / t.tp
+    share = s.expert_layers / s.num_layers
+    on_mlp = (1 - share) * dense + share * routed
+    attention = _attention_bytes(t, s, on_rank, s.seq_length)
+    per_token = on_hidden + on_heads + on_mlp + NORM_STATISTICS_BYTES
+    own = per_token * on_rank + attention
+    if not np.any(s.encoder_layers):
+        return np.asarray(own)
+    # A decoder layer's cross-attention: one norm more, its queries and output, and keys and values of the encoder.
+    encoder_tokens = t.mbs * s.encoder_seq_length / t.cp
+    cross = (s.hidden * (2 * e + s.dropout) / split + 2 * s.attention_width * e / t.tp) * on_rank
+    cross = cross + 2 * s.kv_width * e / t.tp * encoder_tokens
+    cross = cross + _attention_bytes(t, s, on_rank, s.encoder_seq_length)
+    # The encoder's layers, shared out over those of the decoder.
+    layer = (on_hidden + on_heads + dense + NORM_STATISTICS_BYTES) * encoder_tokens
+    layer = layer + _attention_bytes(t, s, encoder_tokens, s.encoder_seq_length)
+    return np.asarray(own + np.where(s.encoder_layers > 0, cross, 0) + s.encoder_layers / s.num_layers * layer)
+
+
+def _attention_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Column:
+    heads = s.heads / t.tp
+    fused = 4 * heads * queries  # the softmax's log-sum-exp, fp32
+    # Softmax, and with dropout its mask and result: 5·a·s²·b in bf16.
+    per_score = s.element_bytes + s.dropout * (s.element_bytes + 1) + s.score_bytes
+    scores = np.where(t.recompute == Recompute.SELECTIVE, 0.0, per_score * heads * queries * keys)
+    return np.asarray(choose(s.flash > 0, fused, scores))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Microbatch:
+    """GiB on one rank that do not depend on its stage: of a layer, of its input, of the logits."""
+
+    layer: Column
+    layer_input: Column
+    logits: Column
+    buffers: Column
+
+
+def _microbatch(t: Layouts, s: Setting) -> _Microbatch:
+    e = s.element_bytes
+    on_rank = tokens(t, s)
+    vocab = padded_vocab(t, s)
+    width = choose(s.gathers_logits > 0, s.vocab, vocab)
+    # Context parallelism gathers keys and values of the whole sequence.
+    gathered = np.where(t.cp > 1, 2 * s.kv_width / t.tp * e * t.mbs * s.seq_length, 0)
+    weights = s.hidden * (2 * s.attention_width + 2 * s.kv_width + (s.mlp_inputs + 1) * s.ffn) / t.tp * e
+    # Weights that are sharded are gathered a layer at a time, the next one while one computes.
+    spare = 2 * (s.zero_stage >= ZERO_WEIGHTS) + s.weight_gradient_buffers
+    return _Microbatch(
+        layer=layer_activation_bytes(t, s) / GIB,
+        layer_input=on_rank * s.hidden * e / hidden_split(t, s) / GIB,
+        logits=on_rank * width * (s.logit_bytes + (t.tp > 1) * s.gathered_logit_bytes) / GIB,
+        buffers=(gathered + spare * weights) / GIB,
+    )
+
+
+def _in_flight(t: Layouts, m: Column, *, first: bool) -> Column:
+    """Microbatches of one chunk (L/(pp·vpp) layers) whose activations a stage holds at the peak.
+
+    1F1B keeps pp in flight on its first stage and one on its last; interleaving one chunk of each more (Megatron's
+    warm-up).
+    """
+    if first:
+        return np.where(t.vpp > 1, np.minimum(t.pp * t.vpp + t.pp - 1, m * t.vpp), np.minimum(t.pp, m))
+    return np.where(t.vpp > 1, np.minimum((t.vpp - 1) * t.pp + 1, m * t.vpp), 1)
+
+
+def _activations(t: Layouts, s: Setting, own: _Microbatch, in_flight: Column) -> tuple[Column, Column]:
+    """GiB that a stage keeps with this many microbatches of a chunk in flight, and that it rebuilds on the way back."""
+    layers = stage_layers(t, s) / t.vpp
+    # A recomputed layer (or chunk of layers) keeps its input alone, and one is rebuilt at a time.
+    count = np.maximum(1, t.recompute_num_layers)
+    is_uniform, is_block = t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK
+    inputs = np.where(is_uniform, layers / count, is_block * count)
+    whole = np.where(is_uniform, 0.0, layers - is_block * count)
+    kept = in_flight * (inputs * own.layer_input + whole * own.layer)
+    return kept, np.where(is_uniform, count, is_block) * own.layer * s.rebuilt_layers
+
+
+def predict_memory(table: Table) -> Memory:
     """Memory of the first and the last stage; each row keeps the fuller of the two."""
-    first = _stage(t, work, gpu, first=True)
-    last = _stage(t, work, gpu, first=False)
-    fuller = first.total_gib >= last.total_gib
-    return Memory(**{f.name: np.where(fuller, getattr(first, f.name), getattr(last, f.name)) for f in fields(Memory)})
+    first, last = stage_memory(table)
+    return fuller(first, last, first.allocated_gib >= last.allocated_gib)
 
 
-def _stage(t: Layouts, work: Workload, gpu: GpuSpec, *, first: bool) -> Memory:
-    shape = work.shape
-    single = t.pp == 1
-    own = rank_parameters(t, work, first=first, last=not first)
-    parameters = np.where(single, rank_parameters(t, work, first=True, last=True), own)
-    m = microbatches(t, work)
-    if first:  # 1F1B keeps pp microbatches in flight; interleaving one chunk of each more (Megatron's warm-up)
-        in_flight = np.where(t.vpp > 1, np.minimum(t.pp * t.vpp + t.pp - 1, m * t.vpp), np.minimum(t.pp, m))
-    else:
-        in_flight = np.where(t.vpp > 1, np.minimum((t.vpp - 1) * t.pp + 1, m * t.vpp), 1)
-    tokens = t.mbs * shape.seq_length / t.cp
-    element = WEIGHT_BYTES[work.precision]
-    # Logits in the model's precision and their softmax in fp32.
-    vocab = -(-shape.vocab_size // (work.vocab_divisor * t.tp)) * work.vocab_divisor
-    has_logits = single if first else np.ones(len(t))
-    activations = _activation_bytes(t, work, gpu, in_flight.astype(np.float64))
-    states = parameters.astype(np.float64)
-    sharded = states / (data_parallel(t, work) * t.cp)
-    parts = {
-        "weights_gib": WEIGHT_BYTES[work.precision] * states,
-        "gradients_gib": GRADIENT_BYTES[work.precision] * states,
-        "optimizer_gib": OPTIMIZER_BYTES[work.precision] * sharded,
-        "activations_gib": activations,
-        "logits_gib": has_logits * tokens * vocab * (element + 4),
-    }
-    reserved = np.full(len(t), gpu.reserved_gib * GIB)
-    if gpu.device == "cuda":
-        reserved += LOCAL_LAYERS_FIXED_BYTES + ALLOCATOR_SLACK * np.sum(list(parts.values()), axis=0)
-    return Memory(**{name: value / GIB for name, value in parts.items()}, reserved_gib=reserved / GIB)
+def fuller(one: Memory, other: Memory, where: Column) -> Memory:
+    """The rows of `one` where the mask holds, and of `other` elsewhere."""
+    same = ("buffers_gib", "framework_gib", "reserved_gib")
+    return Memory(
+        **{
+            f.name: getattr(one, f.name)
+            if f.name in same
+            else np.where(where, getattr(one, f.name), getattr(other, f.name))
+            for f in fields(Memory)
+        }
+    )
+
+
+def stage_memory(table: Table) -> tuple[Memory, Memory]:
+    """Memory of a rank of the first stage and of the last; without a pipeline they are one."""
+    t, s = table.layouts, table.setting
+    own = table.per_microbatch(_microbatch)
+    states = table.per_step(_states)
+    m = microbatches(t, s)
+    nothing = np.zeros(len(t))
+    stages = []
+    for first in (True, False):
+        kept, rebuilt = _activations(t, s, own, _in_flight(t, m, first=first))
+        logits = own.logits * (t.pp == 1) if first else own.logits
+        # The logits are gone when layers are rebuilt, or nearly so: the larger of the two is the peak.
+        beside = np.minimum(rebuilt, logits) * s.rebuilt_beside_logits
+        rebuilt_last = rebuilt >= logits
+        parts = {
+            "weights_gib": states.first_weights if first else states.last_weights,
+            "gradients_gib": states.first_gradients if first else states.last_gradients,
+            "optimizer_gib": states.first_optimizer if first else states.last_optimizer,
+            "activations_gib": kept + np.where(rebuilt_last, rebuilt, beside),
+            "logits_gib": np.where(rebuilt_last, beside, logits),
+            "buffers_gib": own.buffers,
+            "framework_gib": nothing + s.framework_bytes / GIB,
+        }
+        allocated = sum(parts.values())
+        parts["slack_gib"] = s.on_gpu * ALLOCATOR_SLACK * allocated
+        parts["reserved_gib"] = nothing + s.reserved_bytes / GIB
+        stages.append(Memory(**parts))
+    return stages[0], stages[1]

@@ -1,38 +1,93 @@
-"""What follows from a layout, its workload and the device: replicas, microbatches, kernels, groups of ranks."""
+"""What follows from a layout and its setting: replicas, microbatches, shares; and which rows share it."""
 
-from hptool.candidates import BoolColumn, IntColumn, Layouts, Workload
-from hptool.facts import GpuSpec
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import numpy as np
+
+from hptool.candidates import IntColumn, Layouts
+from hptool.predict.parts import Column, choose, take
+from hptool.predict.setting import Setting
+
+T = TypeVar("T")
 
 
-def data_parallel(t: Layouts, work: Workload) -> IntColumn:
+def data_parallel(t: Layouts, s: Setting) -> Column:
     """Replicas of the model: GPUs over TP·PP·CP."""
-    return work.gpus // t.gpus_per_replica
+    return np.asarray(s.gpus / t.gpus_per_replica)
 
 
-def microbatches(t: Layouts, work: Workload) -> IntColumn:
+def microbatches(t: Layouts, s: Setting) -> Column:
     """Microbatches that each replica works through in a step."""
-    return work.gbs // (t.mbs * data_parallel(t, work))
+    return np.asarray(s.gbs / (t.mbs * data_parallel(t, s)))
 
 
-def keeps_scores_on_chip(work: Workload, gpu: GpuSpec) -> bool:
-    """A flash kernel computes the attention. torch's for CPUs knows no dropout and gives way to plain GEMMs."""
-    return work.flash_attention and not (gpu.device == "cpu" and work.dropout)
+def tokens(t: Layouts, s: Setting) -> Column:
+    """Tokens of a microbatch on one rank of context parallelism."""
+    return np.asarray(t.mbs * s.seq_length / t.cp)
 
 
-# Megatron numbers ranks with TP fastest, then CP, then DP, then PP: a group is inside a node as long as the
-# ranks that it spans are.
+def hidden_split(t: Layouts, s: Setting) -> Column:
+    """Over how many ranks what is outside attention and MLP is split: sequence parallelism does that over TP."""
+    return np.asarray(choose(s.sequence_parallel > 0, t.tp, np.ones(1)))
 
 
-def cp_inside_node(t: Layouts, work: Workload) -> BoolColumn:
-    """A context-parallel group does not leave its node."""
-    return t.tp * t.cp <= work.gpus_per_node
+def stage_layers(t: Layouts, s: Setting) -> Column:
+    """Layers of the largest stage."""
+    return np.ceil(s.num_layers / t.pp)
 
 
-def dp_inside_node(t: Layouts, work: Workload) -> BoolColumn:
-    """A data-parallel group does not leave its node."""
-    return t.tp * t.cp * data_parallel(t, work) <= work.gpus_per_node
+def padded_vocab(t: Layouts, s: Setting) -> Column:
+    """The vocabulary's share of one TP rank, padded as Megatron pads it."""
+    return np.ceil(s.vocab / (s.vocab_divisor * t.tp)) * s.vocab_divisor
 
 
-def pp_inside_node(t: Layouts, work: Workload) -> BoolColumn:
-    """Neighbouring stages are in one node."""
-    return work.gpus <= work.gpus_per_node + 0 * t.pp
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Table:
+    """Layouts with their setting, and which of them share what.
+
+    The cost of a layer and of the output layer for one microbatch is the same for all rows with the same TP, CP, EP,
+    micro batch and recomputation; what happens once a step for all rows with the same TP, PP, CP and EP. A table of a
+    million layouts has some hundred of each.
+    """
+
+    layouts: Layouts
+    setting: Setting
+    microbatch: tuple[Layouts, IntColumn | slice]
+    step: tuple[Layouts, IntColumn | slice]
+
+    @classmethod
+    def of(cls, t: Layouts, s: Setting) -> Self:
+        """With a setting of its own for each row, each row stands for itself."""
+        microbatch = _combinations(t, s, ("tp", "cp", "ep", "mbs", "recompute"))
+        return cls(layouts=t, setting=s, microbatch=microbatch, step=_combinations(t, s, ("tp", "pp", "cp", "ep")))
+
+    def per_microbatch(self, formula: Callable[[Layouts, Setting], T]) -> T:
+        """A formula's columns for each row, computed once for the rows that share a microbatch's cost."""
+        few, own = self.microbatch
+        return take(formula(few, self.setting), own)
+
+    def per_step(self, formula: Callable[[Layouts, Setting], T]) -> T:
+        """A formula's columns for each row, computed once for the rows that share what happens once a step."""
+        few, own = self.step
+        return take(formula(few, self.setting), own)
+
+
+def _combinations(t: Layouts, s: Setting, axes: Sequence[str]) -> tuple[Layouts, IntColumn | slice]:
+    """One layout for each combination of these axes, and for each row of `t` which of them is its own."""
+    if len(s) > 1 or len(t) == 0:
+        return t, slice(None)
+    key = np.zeros(len(t), dtype=np.int64)
+    for name in axes:
+        axis = getattr(t, name)
+        numbers = np.zeros(int(axis.max()) + 1, dtype=np.int64)
+        numbers[axis] = 1
+        numbers = np.cumsum(numbers) - 1
+        if numbers[-1]:
+            key *= numbers[-1] + 1
+            key += numbers[axis]
+    example = np.full(int(key.max()) + 1, -1, dtype=np.int64)
+    example[key] = np.arange(len(t))
+    used = example >= 0
+    return t.select(example[used]), (np.cumsum(used) - 1)[key]

@@ -1,62 +1,39 @@
 """Time of a training step, as its parts. All figures in seconds, one row a layout.
 
 A sum of closed-form terms: work over peak times an efficiency, bytes over bandwidth, messages times latency.
-The efficiencies and links are facts of the GPU and the cluster (`cluster/`), none belongs to a model.
+The efficiencies and links are facts of the GPU, the cluster and the framework (`cluster/`), none belongs to a model.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from hptool.candidates import BoolColumn, IntColumn, Layouts, Recompute, Workload
-from hptool.facts import Cluster, Link
-from hptool.predict.flops import attention_flops_per_token, logit_flops_per_token
-from hptool.predict.memory import GRADIENT_BYTES, OPTIMIZER_BYTES, WEIGHT_BYTES, rank_parameters
-from hptool.predict.parallel import (
-    cp_inside_node,
-    data_parallel,
-    dp_inside_node,
-    keeps_scores_on_chip,
-    microbatches,
-    pp_inside_node,
-)
-from hptool.predict.parts import Column, add_up
-from hptool.units import GB, MICRO, TERA
-
-#: A backward pass costs twice its forward GEMMs; flash attention also recomputes its scores: 2.5 (Dao 2023,
-#: arXiv:2307.08691, section 3.1: seven GEMMs backward against two forward, of which the tiles save one and a half).
-BACKWARD_GEMM = 2.0
-BACKWARD_ATTENTION = 2.5
-
-#: Passes over a layer's activations that are no GEMM, in elements: both norms, both residual additions with
-#: dropout, and the biases read and write 10 times the hidden size; GELU with its bias 2 times the MLP's width.
-HIDDEN_PASSES = 10
-MLP_PASSES = 2
-
-#: Passes over the attention scores where no flash kernel keeps them on the chip: mask, softmax, dropout.
-SCORE_PASSES = 4
-
-#: Operations that the host launches for a layer, views not counted. Counted by dispatching models of two and four
-#: layers of Megatron-core 0.16.1 with local layers, dropout and torch's attention on a CPU.
-FORWARD_OPERATIONS = 45
-BACKWARD_OPERATIONS = 57
+from hptool.candidates import Layouts, Recompute
+from hptool.predict.layer import latency_s, layer_cost, transfer_s
+from hptool.predict.memory import ZERO_WEIGHTS, stage_parameters
+from hptool.predict.parallel import Table, data_parallel, hidden_split, microbatches, stage_layers, tokens
+from hptool.predict.parts import Column, add_up, choose
+from hptool.predict.setting import Setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepTime:
-    """The parts of a step, seconds; they add up to `total_s`."""
+    """The parts of a step, seconds; they add up to `total_s`. What is hidden behind other work is not in them."""
 
     gemm_s: Column
     attention_s: Column
     memory_bound_s: Column
+    logits_s: Column
     recompute_s: Column
     launch_s: Column
     tp_communication_s: Column
     cp_communication_s: Column
+    ep_communication_s: Column
     pp_communication_s: Column
     bubble_s: Column
     dp_communication_s: Column
     optimizer_s: Column
+    overhead_s: Column
 
     @property
     def total_s(self) -> Column:
@@ -65,149 +42,159 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Layer:
-    """Device time of one layer's forward pass over one microbatch on one rank, by kind of kernel."""
+class _Once:
+    """Seconds of what happens once a step, nothing of it hidden; `gather_again_s` is for weights that are sharded."""
 
+    scatter_s: Column
+    gather_s: Column
+    gather_again_s: Column
+    optimizer_s: Column
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Stage:
+    """Seconds of one microbatch on the slowest stage, by what works; `launched_s` is the host's time."""
+
+    microbatches: Column
     gemm_s: Column
     attention_s: Column
     memory_bound_s: Column
+    recompute_s: Column
+    tp_communication_s: Column
+    cp_communication_s: Column
+    ep_communication_s: Column
+    launched_s: Column
+    sends_s: Column
+    logits_s: Column
+    layers: Column
 
     @property
-    def total_s(self) -> Column:
-        return self.gemm_s + self.attention_s + self.memory_bound_s
+    def computing_s(self) -> Column:
+        """The device's own work, without its output layer."""
+        return np.asarray(self.gemm_s + self.attention_s + self.memory_bound_s + self.recompute_s)
+
+    @property
+    def exchanging_s(self) -> Column:
+        """What waits for other ranks in the middle of a layer."""
+        return np.asarray(self.tp_communication_s + self.cp_communication_s + self.ep_communication_s)
 
 
-def predict_step_time(t: Layouts, work: Workload, cluster: Cluster) -> StepTime:
+def predict_step_time(table: Table) -> StepTime:
     """Expected seconds of one step of the whole global batch."""
-    shape, gpu = work.shape, cluster.gpu
-    m = microbatches(t, work)
-    tokens = t.mbs * shape.seq_length / t.cp
-    layers = shape.num_layers / t.pp
-
-    layer = _layer(t, work, cluster)
-    gemm = layers * layer.gemm_s * (1 + BACKWARD_GEMM)
-    attention = layers * layer.attention_s * (1 + BACKWARD_ATTENTION)
-    memory_bound = layers * layer.memory_bound_s * (1 + BACKWARD_GEMM)
-    # What recomputation runs a second time, in layers.
-    block = np.where(t.recompute == Recompute.BLOCK, t.recompute_num_layers * t.vpp, 0)
-    again = np.where(t.recompute == Recompute.UNIFORM, layers, block)
-    selective = np.where(t.recompute == Recompute.SELECTIVE, layers, 0)
-    recompute = again * layer.total_s + selective * layer.attention_s
-    busy = gemm + attention + memory_bound + recompute
-    operations = layers * (FORWARD_OPERATIONS + BACKWARD_OPERATIONS) + again * FORWARD_OPERATIONS
-    launched = operations * gpu.launch_overhead_us * MICRO
+    t, s = table.layouts, table.setting
+    stage, once = _stage(table), table.per_step(_once)
+    m = stage.microbatches
+    busy = stage.computing_s + stage.exchanging_s
     # A GPU works while the host launches ahead, and waits where it cannot; a CPU is its own host.
-    launch = np.maximum(0.0, launched - busy) if gpu.device == "cuda" else launched
-
-    tp_communication = _tp_communication(t, work, cluster, layers, again)
-    cp_communication = _cp_communication(t, work, cluster, layers, again)
-    sends = _pipeline_sends(t, work, cluster)
-    stage = busy + launch + tp_communication + cp_communication + sends
-    logits = logit_flops_per_token(shape) / t.tp * tokens / (_peak(work, cluster) * gpu.efficiency.gemm)
-    parameters = np.where(
-        t.pp == 1, rank_parameters(t, work, first=True, last=True), rank_parameters(t, work, first=True, last=False)
-    )
+    launch = choose(s.on_gpu > 0, _longer(busy, stage.launched_s) - busy, stage.launched_s)
+    # The output layer holds up the pipeline, except for the layers that the last stage has fewer than the largest.
+    spare = (stage.layers - np.floor(s.num_layers / t.pp)) / stage.layers * (busy + launch)
     return StepTime(
-        gemm_s=m * (gemm + (1 + BACKWARD_GEMM) * logits),
-        attention_s=m * attention,
-        memory_bound_s=m * memory_bound,
-        recompute_s=m * recompute,
+        gemm_s=m * stage.gemm_s,
+        attention_s=m * stage.attention_s,
+        memory_bound_s=m * stage.memory_bound_s,
+        logits_s=m * np.maximum(0.0, stage.logits_s - spare),
+        recompute_s=m * stage.recompute_s,
         launch_s=m * launch,
-        tp_communication_s=m * tp_communication,
-        cp_communication_s=m * cp_communication,
-        pp_communication_s=m * sends,
-        # While the pipeline fills and drains, each stage idles for pp - 1 microbatches, or 1/vpp of them.
-        bubble_s=(t.pp - 1) / t.vpp * stage,
-        dp_communication_s=_dp_communication(t, work, cluster, parameters, busy),
-        optimizer_s=_optimizer(t, work, cluster, parameters),
+        tp_communication_s=m * stage.tp_communication_s,
+        cp_communication_s=m * stage.cp_communication_s,
+        ep_communication_s=m * stage.ep_communication_s,
+        pp_communication_s=m * stage.sends_s,
+        # Each stage idles for the other stages' share of one microbatch, or of one of its vpp chunks.
+        bubble_s=(t.pp - 1) / t.vpp * (busy + launch + stage.sends_s),
+        dp_communication_s=_exposed(s, once, m, busy + launch),
+        optimizer_s=once.optimizer_s,
+        overhead_s=s.step_overhead_s + np.zeros(len(t)),
     )
 
 
-def _peak(work: Workload, cluster: Cluster) -> float:
-    return cluster.gpu.peak_tflops[work.precision] * TERA
+def step_time_bounds(table: Table) -> tuple[Column, Column]:
+    """Seconds of a step in which all that can overlap does, and of one in which nothing does."""
+    t, s = table.layouts, table.setting
+    stage, once = _stage(table), table.per_step(_once)
+    m = stage.microbatches
+    bubble = (t.pp - 1) / t.vpp
+    longest = np.maximum(stage.computing_s, np.maximum(stage.exchanging_s, stage.launched_s))
+    longest = np.maximum(longest, stage.sends_s)
+    synchronising = once.scatter_s + once.gather_s + (m - 1) * once.gather_again_s
+    best = (m + bubble) * longest + np.maximum(0.0, synchronising - m * longest) + once.optimizer_s
+    whole = stage.computing_s + stage.exchanging_s + stage.launched_s + stage.sends_s
+    worst = (m + bubble) * whole + m * stage.logits_s + synchronising + once.optimizer_s + s.step_overhead_s
+    return np.asarray(best), np.asarray(worst)
 
 
-def _memory_bytes_per_s(cluster: Cluster) -> float:
-    return cluster.gpu.memory_gb_per_s * GB * cluster.gpu.efficiency.memory
-
-
-def _hidden_split(t: Layouts, work: Workload) -> IntColumn:
-    """Over how many ranks what is outside attention and MLP is split: sequence parallelism does that over TP."""
-    return np.where(work.sequence_parallel, t.tp, 1)
-
-
-def _layer(t: Layouts, work: Workload, cluster: Cluster) -> _Layer:
-    shape, efficiency = work.shape, cluster.gpu.efficiency
-    peak = _peak(work, cluster)
-    tokens = t.mbs * shape.seq_length / t.cp
-    split = HIDDEN_PASSES * shape.hidden_size / _hidden_split(t, work)
-    elements = tokens * (split + MLP_PASSES * shape.ffn_hidden_size / t.tp)
-    if not keeps_scores_on_chip(work, cluster.gpu):  # written and read once for each
-        elements = elements + SCORE_PASSES * shape.num_attention_heads / t.tp * tokens * shape.seq_length
-    return _Layer(
-        gemm_s=2 * shape.layer_matmul_parameters * tokens / t.tp / (peak * efficiency.gemm),
-        attention_s=attention_flops_per_token(shape) * tokens / t.tp / (peak * efficiency.attention),
-        memory_bound_s=elements * WEIGHT_BYTES[work.precision] / _memory_bytes_per_s(cluster),
+def _stage(table: Table) -> _Stage:
+    t, s = table.layouts, table.setting
+    c = table.per_microbatch(layer_cost)
+    layers = stage_layers(t, s)
+    # What recomputation runs a second time, in layers.
+    block = (t.recompute == Recompute.BLOCK) * t.recompute_num_layers * t.vpp
+    again = np.where(t.recompute == Recompute.UNIFORM, layers, block)
+    selective = (t.recompute == Recompute.SELECTIVE) * layers
+    core = c.attention_forward_s + c.scores_s
+    # Behind attention and MLP, forward and backward: all-reduces, or as much in gathers and scatters with sequence
+    # parallelism, whose backward pass repeats the gathers.
+    collectives = choose(s.sequence_parallel > 0, 5.0, 4.0) * layers + 2 * again
+    return _Stage(
+        microbatches=microbatches(t, s),
+        gemm_s=layers * (c.gemm_forward_s + c.gemm_backward_s),
+        attention_s=layers * (c.attention_forward_s + c.attention_backward_s + 3 * c.scores_s),
+        memory_bound_s=layers * 3 * c.memory_bound_s,
+        recompute_s=again * (c.gemm_forward_s + core + c.memory_bound_s) + selective * core,
+        tp_communication_s=collectives * c.tp_collective_s,
+        cp_communication_s=(3 * layers + again) * c.cp_exchange_s,
+        ep_communication_s=(layers + again / 2) * c.ep_exchange_s,
+        launched_s=((layers + again) * s.forward_launch_s + layers * s.backward_launch_s) * c.launched_layers,
+        sends_s=_pipeline_sends(t, s, c.send_bytes),
+        logits_s=c.head_s,
+        layers=layers,
     )
 
 
-def _transfer(size: Column, messages: Column, inside: BoolColumn, cluster: Cluster) -> Column:
-    """Seconds for `size` bytes in `messages` messages, inside the node or across."""
-
-    def over(link: Link) -> Column:
-        rate = link.bandwidth_gb_per_s * GB * cluster.gpu.efficiency.network
-        return np.asarray(size / rate + messages * link.latency_us * MICRO)
-
-    return np.where(inside, over(cluster.intra_node), over(cluster.inter_node))
+def _longer(one: Column, other: Column) -> Column:
+    """About the longer of two times, and more where they are alike and get into each other's way."""
+    one, other = one * one, other * other
+    return np.asarray(np.sqrt(np.sqrt(one * one + other * other)))
 
 
-def _tp_communication(t: Layouts, work: Workload, cluster: Cluster, layers: Column, again: Column) -> Column:
-    """All-reduces behind attention and MLP, forward and backward, of one microbatch.
-
-    Sequence parallelism makes them gathers and scatters of the same size; its backward pass repeats the gathers.
-    """
-    tokens = t.mbs * work.shape.seq_length / t.cp
-    size = 2 * (t.tp - 1) / t.tp * tokens * work.shape.hidden_size * WEIGHT_BYTES[work.precision]
-    all_reduce = _transfer(size, 2.0 * (t.tp - 1), t.tp <= work.gpus_per_node, cluster)
-    return np.asarray((np.where(work.sequence_parallel, 5.0, 4.0) * layers + 2 * again) * all_reduce)
-
-
-def _cp_communication(t: Layouts, work: Workload, cluster: Cluster, layers: Column, again: Column) -> Column:
-    """Keys and values gathered forward; gathered again and their gradients scattered backward."""
-    tokens = t.mbs * work.shape.seq_length / t.cp
-    size = (t.cp - 1) * 2 * work.shape.kv_width / t.tp * tokens * WEIGHT_BYTES[work.precision]
-    return (3 * layers + again) * _transfer(size, t.cp - 1.0, cp_inside_node(t, work), cluster)
-
-
-def _pipeline_sends(t: Layouts, work: Workload, cluster: Cluster) -> Column:
+def _pipeline_sends(t: Layouts, s: Setting, size: Column) -> Column:
     """An activation forward and a gradient backward for every chunk of a microbatch."""
-    tokens = t.mbs * work.shape.seq_length / t.cp
-    size = tokens * work.shape.hidden_size * WEIGHT_BYTES[work.precision] / _hidden_split(t, work)
-    crossings = np.where(t.pp > 1, 2.0 * t.vpp, 0.0)
-    return crossings * _transfer(size, np.ones(len(t)), pp_inside_node(t, work), cluster)
+    # Stages are the outermost cut: neighbours share a node only where all the ranks of two stages do.
+    inside = 2 * s.gpus <= s.gpus_per_node * t.pp
+    rate = np.where(inside, s.intra_bytes_per_s, s.inter_bytes_per_s)
+    latency = np.where(inside, s.intra_latency_s, s.inter_latency_s) + s.pipeline_sync_s
+    return np.asarray((t.pp > 1) * 2 * t.vpp * (size / rate + latency))
 
 
-def _dp_communication(t: Layouts, work: Workload, cluster: Cluster, parameters: IntColumn, busy: Column) -> Column:
-    """Gradients scattered over the replicas and weights gathered from them, once a step.
+def _once(t: Layouts, s: Setting) -> _Once:
+    """Gradients scattered over the replicas, weights gathered from them, and the optimizer between the two."""
+    parameters = stage_parameters(t, s, first=True).total
+    replicas = data_parallel(t, s) * t.cp
+    ring = (replicas - 1) / replicas * s.sync_passes * parameters
+    latency = latency_s(s, replicas, t.tp)
+    scatter = transfer_s(ring * s.gradient_bytes, s, replicas, t.tp) + latency
+    gather = transfer_s(ring * s.element_bytes, s, replicas, t.tp) + latency
+    # Adam passes over its shard of states, weights and gradients; norm and zeroing over all the rank's gradients.
+    shard = 2 * (s.optimizer_bytes + s.element_bytes) + s.gradient_bytes
+    shards = choose(s.zero_stage >= 1, replicas, np.ones(1))
+    return _Once(
+        scatter_s=scatter,
+        # Unsharded optimizers all-reduce gradients: as if the gather were of gradients too.
+        gather_s=np.asarray(choose(s.zero_stage >= 1, gather, scatter)),
+        # Sharded weights are gathered for each pass, and their gradients scattered.
+        gather_again_s=np.asarray(choose(s.zero_stage >= ZERO_WEIGHTS, 2 * gather + scatter, 0 * gather)),
+        optimizer_s=(shard / shards + 2 * s.gradient_bytes) * parameters / s.memory_bytes_per_s,
+    )
 
-    Overlapped, the former hides behind the last microbatch's backward pass and the latter behind the first one's
-    forward pass: two thirds and one third of a microbatch's device time.
+
+def _exposed(s: Setting, once: _Once, m: Column, busy: Column) -> Column:
+    """What of data parallelism's exchange nothing hides.
+
+    Overlapped, the scatter hides behind the last microbatch's backward pass and the gather behind the first one's
+    forward pass: two thirds and one third of a microbatch's device time. Sharded weights hide behind all of it.
     """
-    replicas = data_parallel(t, work) * t.cp
-    ring = (replicas - 1) / replicas
-    inside = dp_inside_node(t, work)
-    scatter = _transfer(ring * GRADIENT_BYTES[work.precision] * parameters, replicas - 1.0, inside, cluster)
-    gather = _transfer(ring * WEIGHT_BYTES[work.precision] * parameters, replicas - 1.0, inside, cluster)
-    if work.overlap_grad_sync:
-        scatter = np.maximum(0.0, scatter - busy * 2 / 3)
-    if work.overlap_param_sync:
-        gather = np.maximum(0.0, gather - busy / 3)
-    return np.where(replicas > 1, scatter + gather, 0.0)
-
-
-def _optimizer(t: Layouts, work: Workload, cluster: Cluster, parameters: IntColumn) -> Column:
-    """Adam passes over its shard of states, weights and gradients; norm and zeroing over all the rank's gradients."""
-    gradient = GRADIENT_BYTES[work.precision]
-    shard = 2 * (OPTIMIZER_BYTES[work.precision] + WEIGHT_BYTES[work.precision]) + gradient
-    replicas = data_parallel(t, work) * t.cp
-    return np.asarray((shard / replicas + 2 * gradient) * parameters / _memory_bytes_per_s(cluster))
+    scatter, gather = once.scatter_s, once.gather_s
+    scatter = choose(s.overlap_grad_sync > 0, np.maximum(0.0, scatter - busy * 2 / 3), scatter)
+    gather = choose(s.overlap_param_sync > 0, np.maximum(0.0, gather - busy / 3), gather)
+    sharded = m * np.maximum(0.0, once.gather_again_s - busy)
+    return np.asarray(choose(s.zero_stage >= ZERO_WEIGHTS, sharded, scatter + gather))

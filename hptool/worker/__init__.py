@@ -14,4 +14,6 @@ attention    core attention and norm that need neither Transformer Engine nor Ap
 initialise   weights that do not depend on the layout, for tests
 data         synthetic or tokenised samples, the same for every layout
 cpu          stand-ins that let Megatron-core run without CUDA
+dry_run      the command, and `dry_run`: what a rank of a job of any size holds in memory, without a GPU
+fake_rank    one rank's training on tensors without contents, and the ledger of their bytes
 """

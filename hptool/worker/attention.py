@@ -81,26 +81,10 @@ class SdpaAttention(torch.nn.Module):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention of queries that are the last ones of the keys' sequence."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        grouped = query.size(1) != key.size(1)
-        if grouped and not query.is_cuda:  # the CPU's flash kernel takes as many key heads as query heads
-            repeats = query.size(1) // key.size(1)
-            key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-            grouped = False
-        whole = query.size(2) == key.size(2)
-        mask = None if whole else causal_lower_right(query.size(2), key.size(2))
         dropout = self._dropout if self.training else 0.0
 
         def attend() -> torch.Tensor:
-            return torch.nn.functional.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=whole,
-                scale=self._scale,
-                enable_gqa=grouped,
-            )
+            return causal_attention(query, key, value, dropout=dropout, scale=self._scale)
 
         if dropout and not self._sequence_parallel:  # as DotProductAttention: ranks of a tensor group differ
             with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -108,6 +92,28 @@ class SdpaAttention(torch.nn.Module):
         else:
             context = attend()
         return context.permute(2, 0, 1, 3)
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scale: float
+) -> torch.Tensor:
+    """Attention by torch's fused kernels, [b, heads, s, d], of queries that are the last ones of the keys' sequence."""
+    grouped = query.size(1) != key.size(1)
+    if grouped and not query.is_cuda:  # the CPU's flash kernel takes as many key heads as query heads
+        repeats = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        grouped = False
+    whole = query.size(2) == key.size(2)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=None if whole else causal_lower_right(query.size(2), key.size(2)),
+        dropout_p=dropout,
+        is_causal=whole,
+        scale=scale,
+        enable_gqa=grouped,
+    )
 
 
 def _gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:

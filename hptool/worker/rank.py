@@ -83,6 +83,12 @@ def join(config: BaseConfig, place: Place) -> torch.device:
     """Opens this rank's device, joins the others, cuts the process group by the layout, and seeds the generators."""
     device = _open_device(config, place)
     _meet(config, place)
+    divide(config)
+    return device
+
+
+def divide(config: BaseConfig) -> None:
+    """Cuts the process group, which is there, by the layout, and seeds this rank's generators."""
     layout = config.layout
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -94,7 +100,6 @@ def join(config: BaseConfig, place: Place) -> torch.device:
     seed = config.model.seed + _SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return device
 
 
 def _open_device(config: BaseConfig, place: Place) -> torch.device:

@@ -26,7 +26,10 @@ class StepReport:
 
 
 class Training:
-    """A rank's part of the model, its optimizer and its data. All ranks must call `step` equally often."""
+    """A rank's part of the model, its optimizer and its data. All ranks must call `step` equally often.
+
+    `chunks` are the rank's stages of the pipeline, from the first.
+    """
 
     def __init__(self, config: BaseConfig, device: torch.device, beat: Callable[[], None]) -> None:
         self._config = config
@@ -38,8 +41,8 @@ class Training:
         if initialise.is_wanted():
             for stage in stages:
                 initialise.fill(stage, config.model.init_method_std)
-        self._chunks = optimizer.wrap(config, megatron, [stage.to(device) for stage in stages])
-        self._optimizer = optimizer.build(config, megatron, self._chunks)
+        self.chunks = optimizer.wrap(config, megatron, [stage.to(device) for stage in stages])
+        self.optimizer = optimizer.build(config, megatron, self.chunks)
         self._forward_backward = get_forward_backward_func()
         if config.model.gc_interval:
             gc.disable()
@@ -52,11 +55,11 @@ class Training:
         config = self._config
         batch = data.microbatches(config, self._samples, step, self._device)
         rate = optimizer.learning_rate(config.model.optim, step, config.trainer.max_steps)
-        optimizer.set_learning_rate(self._optimizer, rate)
+        optimizer.set_learning_rate(self.optimizer, rate)
         torch.distributed.barrier()
         self._synchronise()
         start = time.perf_counter()
-        losses = self._train(batch, step)
+        losses = self.train(batch, step)
         self._synchronise()
         own_time = time.perf_counter() - start
         report = self._agree(losses, own_time)
@@ -65,28 +68,29 @@ class Training:
             raise FloatingPointError(msg)
         return report
 
-    def _train(self, batch: list[Microbatch], step: int) -> list[torch.Tensor]:
+    def train(self, batch: list[Microbatch], step: int) -> list[torch.Tensor]:
         """Forward, backward, reduction and update; the losses of the microbatches, on the last stage only."""
         config = self._config
-        for chunk in self._chunks:
+        for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        one = len(self._chunks) == 1
+        self.optimizer.zero_grad()
+        one = len(self.chunks) == 1
         losses: list[torch.Tensor] = self._forward_backward(
-            forward_step_func=self._forward,
-            data_iterator=iter(batch) if one else [iter(batch) for _ in self._chunks],
-            model=self._chunks[0] if one else self._chunks,
+            forward_step_func=self.forward,
+            data_iterator=iter(batch) if one else [iter(batch) for _ in self.chunks],
+            model=self.chunks[0] if one else self.chunks,
             num_microbatches=config.num_microbatches,
             seq_length=config.shape.seq_length,
             micro_batch_size=config.model.micro_batch_size,
             forward_only=False,
         )
-        self._optimizer.step()
+        self.optimizer.step()
         if config.model.gc_interval and step % config.model.gc_interval == 0:
             gc.collect()
         return losses
 
-    def _forward(self, batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+    def forward(self, batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        """The output of one chunk for the next of the batches, and the loss of it."""
         batch = next(batches)
         self._beat()
         # No mask: the attention is causal by itself.

@@ -1,0 +1,261 @@
+"""`hptool predict`: the ranked layouts of a model, one of them explained or traced, or a table of runs predicted."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from hptool import explain, files, forecast, report, tables
+from hptool.candidates import Layout, refusal
+from hptool.errors import InputError
+from hptool.forecast import Accuracy
+from hptool.plan import Plan, SearchRequest, make_plan
+
+Say = Callable[[str], None]
+
+
+class Result(Protocol):
+    """What a prediction came to: for people and for programs."""
+
+    def show(self, console: Console) -> None:
+        """Print it."""
+
+    def document(self) -> Mapping[str, Any]:
+        """Plain values for JSON."""
+
+
+# ---------------------------------------------------------------- a model on a cluster
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Ranked:
+    """The best predicted layouts of a plan."""
+
+    plan: Plan
+    top: int
+
+    def show(self, console: Console) -> None:
+        """Print it in 80 columns."""
+        plan, p = self.plan, self.plan.predictions
+        table = Table(title=f"{plan.config.run.name} on {plan.nodes} × {plan.cluster.name}, predicted", box=None)
+        table.title_justify = "left"
+        table.add_column("#", justify="right")
+        table.add_column("layout", no_wrap=True)
+        for heading in ("step s", "80 % between", "TFLOPS/GPU", "GiB", "fits"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        low_s, high_s = p.step_time_interval_s
+        for rank, i in enumerate(p.ranking()[: self.top], start=1):
+            table.add_row(
+                str(rank),
+                p.layouts.row(int(i)).name,
+                f"{p.step_time_s[i]:.4g}",
+                f"{low_s[i]:.3g}-{high_s[i]:.3g}",
+                f"{p.model_tflops_per_gpu[i]:.4g}",
+                f"{p.memory_gib[i]:.1f}",
+                f"{p.p_fit[i]:.0%}",
+            )
+        console.print(table)
+        rejected = sum(r.count for r in plan.candidates.rejections)
+        console.print(
+            f"{len(p)} layouts can start, {p.likely_to_fit} of them are expected to fit into "
+            f"{plan.cluster.gpu.memory_gib:g} GiB; {rejected} cannot start:"
+        )
+        for rejection in plan.candidates.rejections:
+            console.print(f"  {rejection.count:>6} {rejection.reason}")
+
+    def document(self) -> Mapping[str, Any]:
+        """The best layouts with every figure and part."""
+        p = self.plan.predictions
+        best = p.ranking()[: self.top]
+        columns = p.select(best).columns()
+        return {
+            "model": self.plan.config.run.name,
+            "cluster": self.plan.cluster.name,
+            "nodes": self.plan.nodes,
+            "framework": self.plan.framework.name,
+            "candidates": len(p),
+            "likely_to_fit": p.likely_to_fit,
+            "rejections": [dataclasses.asdict(r) for r in self.plan.candidates.rejections],
+            "layouts": [
+                {"layout": p.layouts.row(int(row)).name, **{name: float(column[i]) for name, column in columns.items()}}
+                for i, row in enumerate(best)
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Explained:
+    """One layout beside another."""
+
+    explanation: explain.Explanation
+
+    def show(self, console: Console) -> None:
+        """Print it in 80 columns."""
+        explain.print_explanation(self.explanation, console)
+
+    def document(self) -> Mapping[str, Any]:
+        """Every figure and part of both."""
+        return explain.as_json(self.explanation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traced:
+    """What a dry run of the worker's own model held, beside what was predicted."""
+
+    layout: Layout
+    traces: Sequence[Mapping[str, Any]]
+    predicted: Mapping[str, float]
+
+    def show(self, console: Console) -> None:
+        """Print it in 80 columns."""
+        table = Table(title=f"{self.layout.name}: tensors of a rank, GiB", title_justify="left", box=None)
+        table.add_column("")
+        for trace in self.traces:
+            table.add_column(f"stage {trace['pp_rank']} traced", justify="right")
+        table.add_column("fullest predicted", justify="right")
+        for name in _TRACED:
+            cells = [f"{trace[name]:.3f}" for trace in self.traces]
+            table.add_row(name.removesuffix("_gib").replace("_", " "), *cells, f"{self.predicted[name]:.3f}")
+        table.add_row("parameters", *(f"{trace['parameters']:,}" for trace in self.traces), "")
+        console.print(table)
+        console.print("Device context, communication library and fragments of the allocator come on top.")
+
+    def document(self) -> Mapping[str, Any]:
+        """Both as they are."""
+        return {"layout": self.layout.name, "traced": list(self.traces), "predicted": dict(self.predicted)}
+
+
+_TRACED = ("weights_gib", "gradients_gib", "optimizer_gib", "peak_gib")
+
+
+def of_model(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Result:
+    """Rank, explain or trace the layouts of `--model` on `--cluster`."""
+    for name in ("model", "cluster"):
+        if options[name] is None:
+            raise InputError(f"--{name}: is needed beside --{'cluster' if name == 'model' else 'model'}")
+    for name in ("output", "calibrate"):
+        if options[name] is not None:
+            raise InputError(f"--{name}: is for a table of runs, not for --model")
+    request = SearchRequest(
+        model=options["model"], cluster=options["cluster"], nodes=options["nodes"], overrides=tuple(words)
+    )
+    plan = make_plan(request, options["framework"])
+    if options["dry_run_memory"] is not None:
+        return _traced(plan, options["dry_run_memory"], say)
+    if options["explain"] is not None:
+        return Explained(explanation=explain.explain(plan, options["explain"]))
+    return Ranked(plan=plan, top=options["top"])
+
+
+def _traced(plan: Plan, text: str, say: Say) -> Traced:
+    try:
+        layout = Layout.parse(text)
+    except ValueError as error:
+        raise InputError(f"--dry-run-memory: {error}") from error
+    if reason := refusal(layout, plan.config.workload):
+        raise InputError(f"--dry-run-memory: {layout.name} cannot start: {reason}")
+    say(f"tracing the first and the last stage of {layout.name}")
+    traces = []
+    with tempfile.TemporaryDirectory(prefix="hptool-") as directory:
+        config = Path(directory) / "config.yaml"
+        files.write_text(config, files.yaml_text(plan.config.with_layout(layout).document()))
+        for pp_rank in sorted({0, layout.pp - 1}):
+            done = subprocess.run(  # noqa: S603 (our own module)
+                [sys.executable, "-m", "hptool.worker.dry_run", str(config), "--pp-rank", str(pp_rank)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+                raise InputError(f"--dry-run-memory: {last.removeprefix('hptool: error: ')}")
+            traces.append(json.loads(done.stdout))
+    explanation = explain.explain(plan, layout.name)
+    memory = explanation.predictions.memory
+    predicted = {name: float(getattr(memory, name)[0]) for name in _TRACED if hasattr(memory, name)}
+    tensors = memory.allocated_gib - memory.framework_gib
+    return Traced(layout=layout, traces=traces, predicted=predicted | {"peak_gib": float(tensors[0])})
+
+
+# ---------------------------------------------------------------- a table of runs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Predicted:
+    """A table of runs with its predictions, and how good they are where something was measured."""
+
+    rows: int
+    rejections: Mapping[str, int]
+    output: Path | None
+    datasets: Sequence[Accuracy]
+    grids: Sequence[Accuracy]
+    factors: Mapping[str, Mapping[str, float]]
+
+    def show(self, console: Console) -> None:
+        """Print it in 80 columns."""
+        rejected = sum(self.rejections.values())
+        console.print(f"{self.rows - rejected} of {self.rows} rows predicted" + (":" if rejected else "."))
+        for reason, count in sorted(self.rejections.items(), key=lambda item: -item[1]):
+            console.print(f"  {count:>6} not: {reason}", soft_wrap=True, markup=False)
+        for stack, factors in self.factors.items():
+            learned = ", ".join(f"{name} ×{factor:.2f}" for name, factor in factors.items())
+            console.print(f"learned for {stack}: {learned}", soft_wrap=True, markup=False)
+        if self.datasets:
+            forecast.print_accuracy("Predicted against measured, by dataset", self.datasets, console)
+        if self.grids:
+            forecast.print_accuracy("Predicted against measured, by grid", self.grids, console)
+        if self.output is not None:
+            console.print(f"written: {self.output}", soft_wrap=True, markup=False)
+
+    def document(self) -> Mapping[str, Any]:
+        """The same."""
+        return {
+            "rows": self.rows,
+            "predicted": self.rows - sum(self.rejections.values()),
+            "rejections": dict(self.rejections),
+            "output": str(self.output) if self.output else None,
+            "datasets": [dataclasses.asdict(row) for row in self.datasets],
+            "grids": [dataclasses.asdict(row) for row in self.grids],
+            "learned": {stack: dict(factors) for stack, factors in self.factors.items()},
+        }
+
+
+def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Result:
+    """Predict each row of the CSV that `words` names."""
+    if len(words) != 1 or "=" in words[0]:
+        given = " ".join(words) or "nothing"
+        raise InputError(f"predict: {given!r} given, allowed is the path of one CSV table, or --model and --cluster")
+    for name in ("explain", "dry_run_memory", "nodes", "framework"):
+        if options[name] is not None:
+            raise InputError(f"--{name.replace('_', '-')}: is for --model and --cluster, not for a table of runs")
+    frame = tables.read_table(Path(words[0]))
+    say(f"{len(frame)} rows of {words[0]}")
+    expected = forecast.forecast(frame)
+    factors: Mapping[str, Mapping[str, float]] = {}
+    if options["calibrate"] is not None:
+        learned = forecast.learn(tables.read_table(options["calibrate"]))
+        if not learned.step_time and not learned.memory:
+            raise InputError(f"{options['calibrate']}: no row has a measured step time, throughput or memory")
+        expected = forecast.calibrated(frame, expected, learned)
+        factors = {stack: c.factors for (stack, grid), c in learned.step_time.items() if not grid}
+    if options["output"] is not None:
+        files.write_text(options["output"], expected.table(frame).to_csv(index=False, float_format="%.6g"))
+    counts = pd.Series(list(expected.rejection), dtype=object).value_counts()
+    return Predicted(
+        rows=len(frame),
+        rejections={str(reason): int(count) for reason, count in counts.items() if reason != ""},
+        output=options["output"],
+        datasets=forecast.accuracy(frame, expected, "dataset"),
+        grids=forecast.accuracy(frame, expected, "grid_id") if "grid_id" in frame else [],
+        factors=factors,
+    )

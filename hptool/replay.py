@@ -1,0 +1,579 @@
+"""A search played against recorded results: how many runs each strategy would have needed, and how many had failed.
+
+Recorded runs of one model on one cluster form a grid, a landscape whose best layout is known. A strategy is asked for
+one row after the other; each try costs a run, a failure too.
+"""
+
+import difflib
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hptool import files, tables
+from hptool.candidates import IntColumn, Recompute
+from hptool.errors import InputError
+from hptool.forecast import forecast
+from hptool.predict import Predictions
+from hptool.predict.parts import Column
+
+#: A layout is good once its throughput is within this share of the best one's.
+TOLERANCE = 0.02
+
+#: Numbers of runs after which the regret is taken.
+CHECKPOINTS = (1, 3, 5, 10)
+
+#: Those of them that the summary shows.
+SUMMARY_CHECKPOINTS = (1, 3)
+
+#: Orders that `random` is the expectation over.
+PERMUTATIONS = 200
+
+#: Fewest measured rows that make a grid.
+MIN_MEASURED = 2
+
+#: Longest silence while grids are played.
+SAY_EVERY_S = 2.0
+
+_MODEL = ("hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "seq", "gbs")
+_CUT = ("nodes", "gpus", "tp", "pp", "vpp", "cp", "ep", "dp", "mbs")
+_RATES = ("tps_gpu_norm", "tokens_per_s_per_gpu", "iter_s")
+_NUMBERS = (*_MODEL, *_CUT, *_RATES)
+
+#: Columns that say how a run went, which no strategy gets to see.
+_RESULTS = ("outcome", *_RATES, "tflops_per_gpu", "mfu_pct", "mem_gb", "oom")
+
+#: What the axes of `grid` are nested by, outermost first.
+_NESTING = ("tp", "pp", "cp", "ep", "vpp", "mbs")
+
+
+# ---------------------------------------------------------------- strategies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Try:
+    """A row of a grid that was run; a failed run has no throughput."""
+
+    row: int
+    tokens_per_s_per_gpu: float | None
+
+
+class Strategy(Protocol):
+    """What to run next in one grid."""
+
+    def next(self, tried: Sequence[Try]) -> int | None:
+        """The row to run after these, one that was not tried; None to stop. Not asked once every row was tried."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InOrder:
+    """The strategy that runs rows in an order that was fixed before the first of them."""
+
+    order: Sequence[int]
+
+    def next(self, tried: Sequence[Try]) -> int | None:
+        """As `Strategy.next`."""
+        return self.order[len(tried)] if len(tried) < len(self.order) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choices:
+    """What a strategy knows of a grid before the first run: its rows without their results.
+
+    Entry i of `predictions` stands for row `predicted[i]`; rows that cannot be predicted have no entry. A strategy
+    that does not predict has no predictions.
+    """
+
+    rows: pd.DataFrame
+    predictions: Predictions | None
+    predicted: IntColumn
+
+
+def _ranked(choices: Choices, _: np.random.Generator) -> Sequence[Strategy]:
+    assert choices.predictions is not None  # noqa: S101 (`predicts` says so)
+    first = choices.predicted[choices.predictions.ranking()]
+    last = np.setdiff1d(np.arange(len(choices.rows)), first)
+    return [InOrder(order=[*first.tolist(), *last.tolist()])]
+
+
+def _random(choices: Choices, generator: np.random.Generator) -> Sequence[Strategy]:
+    return [InOrder(order=generator.permutation(len(choices.rows)).tolist()) for _ in range(PERMUTATIONS)]
+
+
+def _grid(choices: Choices, _: np.random.Generator) -> Sequence[Strategy]:
+    loops = [*(_axis(choices.rows, axis) for axis in _NESTING), _recompute(choices.rows)]
+    return [InOrder(order=np.lexsort(loops[::-1]).tolist())]
+
+
+def _naive(choices: Choices, _: np.random.Generator) -> Sequence[Strategy]:
+    tp, pp, cp, ep = (_axis(choices.rows, axis) for axis in ("tp", "pp", "cp", "ep"))
+    return [InOrder(order=np.lexsort([-_axis(choices.rows, "mbs"), tp * pp * cp * ep]).tolist())]
+
+
+def _axis(rows: pd.DataFrame, axis: str) -> Column:
+    """The sizes of an axis; a missing one is 1."""
+    return rows[axis].fillna(1).to_numpy(float) if axis in rows else np.ones(len(rows))
+
+
+def _recompute(rows: pd.DataFrame) -> IntColumn:
+    known = {"none": Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.UNIFORM}
+    modes = [next((mode for word, mode in known.items() if x.startswith(word)), 9) for x in _words(rows, "recompute")]
+    return np.array(modes, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """How to get the strategies (several, where chance has a part) for a grid, and whether they need predictions."""
+
+    make: Callable[[Choices, np.random.Generator], Sequence[Strategy]]
+    predicts: bool = False
+
+
+#: Strategies by the name that users give.
+STRATEGIES: Mapping[str, _Kind] = {
+    "ranked": _Kind(make=_ranked, predicts=True),
+    "random": _Kind(make=_random),
+    "grid": _Kind(make=_grid),
+    "naive": _Kind(make=_naive),
+}
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridResult:
+    """How a strategy did in one grid. Where chance has a part: medians of numbers of runs, means of the rest.
+
+    `runs_to_2pct` counts the runs until a good layout was tried, and is None where the strategy stopped before.
+    `failed_runs` of the `runs` up to then (or to the stop) failed. `regret` is what the best layout so far is short
+    of the best one, by number of runs. The last two are None where the strategy does not stop by itself.
+    """
+
+    grid_id: str
+    dataset: str
+    primary: bool
+    strategy: str
+    rows: int
+    runs_to_2pct: float | None
+    regret: Mapping[int, float]
+    failed_runs: float
+    runs: float
+    runs_to_stop: float | None
+    final_regret: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSummary:
+    """The grids of one dataset that are `primary`, or those that are not, taken together.
+
+    A quantile is None where so many grids were left before a good layout was tried.
+    """
+
+    dataset: str
+    primary: bool
+    grids: int
+    rows: int
+    runs_to_2pct_median: float | None
+    runs_to_2pct_p90: float | None
+    regret: Mapping[int, float]
+    failed_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """How a strategy did in each grid, in the order of the table; skipped are the grids that tell nothing.
+
+    `unpredicted_rows` of the played grids could not be predicted, by a strategy that predicts.
+    """
+
+    strategy: str
+    grids: Sequence[GridResult]
+    unpredicted_rows: int
+    skipped_too_few_measured: int
+    skipped_no_variation: int
+
+    @property
+    def summary(self) -> Sequence[DatasetSummary]:
+        """One entry a dataset and use, primary ones first, then by name."""
+        keys = sorted({(not g.primary, g.dataset) for g in self.grids})
+        return [_summary([g for g in self.grids if (not g.primary, g.dataset) == key]) for key in keys]
+
+
+def _summary(grids: Sequence[GridResult]) -> DatasetSummary:
+    runs = [np.inf if g.runs_to_2pct is None else g.runs_to_2pct for g in grids]
+    return DatasetSummary(
+        dataset=grids[0].dataset,
+        primary=grids[0].primary,
+        grids=len(grids),
+        rows=sum(g.rows for g in grids),
+        runs_to_2pct_median=quantile(runs, 0.5),
+        runs_to_2pct_p90=quantile(runs, 0.9),
+        regret={k: float(np.mean([g.regret[k] for g in grids])) for k in SUMMARY_CHECKPOINTS},
+        failed_share=sum(g.failed_runs for g in grids) / max(1.0, sum(g.runs for g in grids)),
+    )
+
+
+def quantile(values: Iterable[float], share: float) -> float | None:
+    """NumPy's default quantile of numbers of runs, in which infinity is never; None where the answer is never."""
+    array = np.array(list(values))
+    above = np.quantile(array, share, method="higher")
+    # Infinities beyond the answer are clipped: they do not count, but interpolating would make them NaN.
+    return float(np.quantile(np.minimum(array, above), share)) if np.isfinite(above) else None
+
+
+# ---------------------------------------------------------------- playing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Grid:
+    """Rows `at` of a table; a failed one has NaN for a throughput."""
+
+    grid_id: str
+    dataset: str
+    primary: bool
+    at: IntColumn
+    tokens_per_s_per_gpu: Column
+
+
+def play(strategy: Strategy, tokens_per_s_per_gpu: Column) -> tuple[Sequence[Try], bool]:
+    """The tries of a strategy in a grid of these throughputs (NaN where a run failed), and whether it stopped early."""
+    tried: list[Try] = []
+    seen: set[int] = set()
+    while len(tried) < len(tokens_per_s_per_gpu):
+        row = strategy.next(tried)
+        if row is None:
+            return tried, True
+        if row in seen or not 0 <= row < len(tokens_per_s_per_gpu):
+            raise ValueError(f"row {row}: not one of the {len(tokens_per_s_per_gpu)} rows, or tried before")
+        seen.add(row)
+        rate = float(tokens_per_s_per_gpu[row])
+        tried.append(Try(row=row, tokens_per_s_per_gpu=None if np.isnan(rate) else rate))
+    return tried, False
+
+
+def _judge(grid: _Grid, name: str, strategies: Sequence[Strategy]) -> GridResult:
+    best = float(np.nanmax(grid.tokens_per_s_per_gpu))
+    to_good: list[float] = []
+    counted: list[int] = []
+    failed: list[int] = []
+    regrets: list[list[float]] = []
+    stops: list[tuple[int, float]] = []
+    for strategy in strategies:
+        tried, stopped = play(strategy, grid.tokens_per_s_per_gpu)
+        rates = np.array([t.tokens_per_s_per_gpu or 0.0 for t in tried])
+        so_far = np.maximum.accumulate(rates)
+        good = np.flatnonzero(so_far >= (1 - TOLERANCE) * best)
+        to_good.append(float(good[0] + 1) if len(good) else np.inf)
+        counted.append(int(good[0] + 1) if len(good) else len(tried))
+        failed.append(int(np.sum(rates[: counted[-1]] == 0.0)))
+        regret = 1 - np.concatenate([[0.0], so_far]) / best
+        regrets.append([float(regret[min(k, len(tried))]) for k in CHECKPOINTS])
+        if stopped:
+            stops.append((len(tried), float(regret[-1])))
+    stopped_always = len(stops) == len(strategies)
+    return GridResult(
+        grid_id=grid.grid_id,
+        dataset=grid.dataset,
+        primary=grid.primary,
+        strategy=name,
+        rows=len(grid.at),
+        runs_to_2pct=quantile(to_good, 0.5),
+        regret=dict(zip(CHECKPOINTS, np.mean(regrets, axis=0).tolist(), strict=True)),
+        failed_runs=float(np.mean(failed)),
+        runs=float(np.mean(counted)),
+        runs_to_stop=float(np.median([n for n, _ in stops])) if stopped_always else None,
+        final_regret=float(np.mean([r for _, r in stops])) if stopped_always else None,
+    )
+
+
+def replay(
+    frame: pd.DataFrame,
+    strategy: str = "ranked",
+    *,
+    source: str = "results",
+    grid_id: str | None = None,
+    primary_only: bool = False,
+    max_tp: int | None = None,
+    max_nodes: int | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Replay:
+    """Plays `strategy` in each grid of the table, or in the one called `grid_id`; `source` names the table in errors.
+
+    Rows beyond `max_tp` or `max_nodes` are taken out before grids are formed. `say` gets a line every two seconds.
+    """
+    if strategy not in STRATEGIES:
+        raise InputError(f"--strategy: unknown strategy {strategy!r}; {files.nearest(strategy, list(STRATEGIES))}")
+    kind = STRATEGIES[strategy]
+    frame = _within(_checked(frame, source, tables.REQUIRED if kind.predicts else ()), source, max_tp, max_nodes)
+    grids = _grids(frame, source)
+    if grid_id is not None:
+        grids = [_named(grids, grid_id, source)]
+    elif primary_only:
+        grids = [g for g in grids if g.primary]
+    told = [g for g in grids if _measured(g) >= MIN_MEASURED and _varies(g)]
+    results = []
+    unpredicted = 0
+    since = time.monotonic()
+    for grid, choices in zip(told, _choices(frame, told, predicts=kind.predicts), strict=True):
+        # Of its own for each grid, so that a grid played alone gives what it gives among others.
+        generator = np.random.default_rng([seed, zlib.crc32(grid.grid_id.encode())])
+        results.append(_judge(grid, strategy, kind.make(choices, generator)))
+        unpredicted += len(grid.at) - len(choices.predicted) if kind.predicts else 0
+        if time.monotonic() - since > SAY_EVERY_S:
+            since = time.monotonic()
+            say(f"{len(results)} of {len(told)} grids played")
+    few = sum(_measured(g) < MIN_MEASURED for g in grids)
+    return Replay(
+        strategy=strategy,
+        grids=results,
+        unpredicted_rows=unpredicted,
+        skipped_too_few_measured=few,
+        skipped_no_variation=len(grids) - len(told) - few,
+    )
+
+
+def _measured(grid: _Grid) -> int:
+    return int(np.sum(np.isfinite(grid.tokens_per_s_per_gpu)))
+
+
+def _varies(grid: _Grid) -> bool:
+    return bool(np.nanmin(grid.tokens_per_s_per_gpu) < np.nanmax(grid.tokens_per_s_per_gpu))
+
+
+def _named(grids: Sequence[_Grid], grid_id: str, source: str) -> _Grid:
+    found = next((g for g in grids if g.grid_id == grid_id), None)
+    if found is None:
+        known = [g.grid_id for g in grids]
+        close = difflib.get_close_matches(grid_id, known, n=1, cutoff=0)[0]
+        raise InputError(f"{source}: grid_id: unknown grid {grid_id!r}; the nearest of {len(known)} is {close!r}")
+    if _measured(found) < MIN_MEASURED or not _varies(found):
+        raise InputError(
+            f"{source}: grid_id: {grid_id!r} has {_measured(found)} measured runs,"
+            f" needed are {MIN_MEASURED} or more that differ in throughput"
+        )
+    return found
+
+
+def _choices(frame: pd.DataFrame, grids: Sequence[_Grid], *, predicts: bool) -> Iterable[Choices]:
+    """What is known of each grid; all of them are predicted at once."""
+    shown = frame.drop(columns=[c for c in _RESULTS if c in frame])
+    if not predicts or not grids:
+        for grid in grids:
+            yield Choices(rows=shown.iloc[grid.at], predictions=None, predicted=np.empty(0, dtype=np.int64))
+        return
+    expected = forecast(shown.iloc[np.concatenate([g.at for g in grids])].reset_index(drop=True))
+    start = 0
+    for grid in grids:
+        end = start + len(grid.at)
+        entries = np.arange(*np.searchsorted(expected.row, [start, end]))
+        yield Choices(
+            rows=shown.iloc[grid.at],
+            predictions=expected.predictions.select(entries),
+            predicted=expected.row[entries] - start,
+        )
+        start = end
+
+
+# ---------------------------------------------------------------- tables of results
+
+
+def _checked(frame: pd.DataFrame, source: str, required: Sequence[str]) -> pd.DataFrame:
+    """The table with its number columns as numbers; InputError with one line a column that will not do."""
+    if frame.empty:
+        raise InputError(f"{source}: no rows")
+    problems = [f"{source}: {c}: the column is missing" for c in ("grid_id", *required) if c not in frame]
+    numbers: dict[str, pd.Series[Any]] = {}
+    for column in (c for c in _NUMBERS if c in frame):
+        numbers[column] = pd.to_numeric(frame[column], errors="coerce").astype(float)
+        wrong = np.flatnonzero((numbers[column].isna() & frame[column].notna()).to_numpy())
+        if len(wrong):
+            given = str(frame[column].iloc[int(wrong[0])])
+            problems.append(f"{source}: {column}: {given!r} given in row {wrong[0] + 1}, allowed is a number")
+    if problems:
+        raise InputError(*problems)
+    return frame.assign(**numbers).reset_index(drop=True)
+
+
+def _within(frame: pd.DataFrame, source: str, max_tp: int | None, max_nodes: int | None) -> pd.DataFrame:
+    """The rows within these limits; a row that does not give the number is within."""
+    for column, option, limit in (("tp", "--max-tp", max_tp), ("nodes", "--max-nodes", max_nodes)):
+        if limit is None:
+            continue
+        if column not in frame:
+            raise InputError(f"{source}: {column}: the column is missing, and {option} needs it")
+        frame = frame[~(frame[column] > limit)]
+        if frame.empty:
+            raise InputError(f"{source}: no row has {column} {limit} or less, as {option} demands")
+    return frame.reset_index(drop=True)
+
+
+def _grids(frame: pd.DataFrame, source: str) -> Sequence[_Grid]:
+    """The grids in the order of their first rows."""
+    rates, counts = _outcomes(frame)
+    ids, datasets, uses = (_words(frame, column) for column in ("grid_id", "dataset", "grid_use"))
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(ids):
+        if name:
+            rows.setdefault(name, []).append(i)
+    if not rows:
+        raise InputError(f"{source}: grid_id: empty in every row")
+    grids = []
+    for name, members in rows.items():
+        at = np.array([i for i in members if counts[i]], dtype=np.int64)
+        grids.append(
+            _Grid(
+                grid_id=name,
+                dataset=datasets[members[0]],
+                primary=uses[members[0]] == "primary",
+                at=at,
+                tokens_per_s_per_gpu=rates[at],
+            )
+        )
+    return grids
+
+
+def _outcomes(frame: pd.DataFrame) -> tuple[Column, NDArray[np.bool_]]:
+    """Each row's throughput, NaN for a failure, and whether the row counts: not if it went well, nobody knows how."""
+    empty = pd.Series(np.nan, index=frame.index)
+    gbs, seq, iter_s, gpus = (frame.get(c, empty) for c in ("gbs", "seq", "iter_s", "gpus"))
+    rate = frame.get("tps_gpu_norm", empty).fillna(frame.get("tokens_per_s_per_gpu", empty))
+    rates = rate.fillna(gbs * seq / iter_s / gpus).to_numpy(float)
+    known = np.isfinite(rates) & (rates > 0)
+    words = np.array(_words(frame, "outcome"), dtype=np.str_)
+    ok = (words == "ok") | ((words == "") & known)
+    return np.where(ok & known, rates, np.nan), known | ~ok
+
+
+def _words(frame: pd.DataFrame, column: str) -> list[str]:
+    """A column as text, empty where a cell or the column is missing; numbers that name something have no point."""
+    if column not in frame:
+        return [""] * len(frame)
+    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in frame[column])
+    return ["" if pd.isna(value) else str(value).strip() for value in whole]
+
+
+# ---------------------------------------------------------------- output
+
+
+def as_json(made: Replay) -> Mapping[str, Any]:
+    """The whole result for programs."""
+    return {
+        "grids": [
+            {
+                "grid_id": g.grid_id,
+                "dataset": g.dataset,
+                "strategy": g.strategy,
+                "rows": g.rows,
+                "runs_to_2pct": _number(g.runs_to_2pct),
+                "regret": {str(k): v for k, v in g.regret.items()},
+                "failed_runs": _number(g.failed_runs),
+                "runs_to_stop": _number(g.runs_to_stop),
+                "final_regret": g.final_regret,
+            }
+            for g in made.grids
+        ],
+        "summary": {
+            "strategy": made.strategy,
+            "grids": len(made.grids),
+            "unpredicted_rows": made.unpredicted_rows,
+            "skipped": {
+                "too_few_measured": made.skipped_too_few_measured,
+                "no_variation": made.skipped_no_variation,
+            },
+            "datasets": [
+                {
+                    "dataset": s.dataset,
+                    "primary": s.primary,
+                    "grids": s.grids,
+                    "rows": s.rows,
+                    "runs_to_2pct": {"median": _number(s.runs_to_2pct_median), "p90": _number(s.runs_to_2pct_p90)},
+                    "regret": {str(k): v for k, v in s.regret.items()},
+                    "failed_share": s.failed_share,
+                }
+                for s in made.summary
+            ],
+        },
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """Whole numbers without a point."""
+    return int(value) if value is not None and value.is_integer() else value
+
+
+def print_replay(made: Replay, console: Console, *, each_grid: bool = False) -> None:
+    """The summary in 80 columns, and before it every grid where that is asked for."""
+    if each_grid and made.grids:
+        console.print(_grid_table(made))
+        console.print()
+    if made.grids:
+        console.print(_summary_table(made))
+        console.print(
+            f"runs: until a layout within {TOLERANCE:.0%} of the best was tried\n"
+            "failed: how many of those runs failed\n"
+            "@n: how far the best layout after n runs is short of the best of all",
+            style="dim",
+        )
+    else:
+        console.print("No grid was played.")
+    if made.unpredicted_rows:
+        console.print(f"{made.unpredicted_rows} rows could not be predicted and came last.")
+    skipped = made.skipped_too_few_measured + made.skipped_no_variation
+    if skipped:
+        console.print(
+            f"{skipped} grids skipped: {made.skipped_too_few_measured} with fewer than {MIN_MEASURED} measured runs,"
+            f" {made.skipped_no_variation} without variation.",
+            soft_wrap=True,
+        )
+
+
+def _summary_table(made: Replay) -> Table:
+    table = Table(title=f"{made.strategy}, {len(made.grids)} recorded grids", title_justify="left", box=None)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("use")
+    for heading in ("grids", "median runs", "90 % runs", *(f"@{k}" for k in SUMMARY_CHECKPOINTS), "failed"):
+        table.add_column(heading, justify="right")
+    for s in made.summary:
+        table.add_row(
+            escape(s.dataset) or "–",
+            "primary" if s.primary else "other",
+            str(s.grids),
+            _shown(s.runs_to_2pct_median),
+            _shown(s.runs_to_2pct_p90),
+            *(f"{s.regret[k]:.1%}" for k in SUMMARY_CHECKPOINTS),
+            f"{s.failed_share:.0%}",
+        )
+    return table
+
+
+def _grid_table(made: Replay) -> Table:
+    stops = any(g.runs_to_stop is not None for g in made.grids)
+    table = Table(title=f"{made.strategy}, grid by grid", title_justify="left", box=None)
+    table.add_column("grid", overflow="fold")
+    for heading in ("rows", "runs", "failed", *(f"@{k}" for k in CHECKPOINTS), *(("stop", "@stop") if stops else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for g in made.grids:
+        final = "–" if g.final_regret is None else f"{g.final_regret:.1%}"
+        table.add_row(
+            escape(g.grid_id),
+            str(g.rows),
+            _shown(g.runs_to_2pct),
+            _shown(g.failed_runs),
+            *(f"{g.regret[k]:.1%}" for k in CHECKPOINTS),
+            *((_shown(g.runs_to_stop), final) if stops else ()),
+        )
+    return table
+
+
+def _shown(runs: float | None) -> str:
+    return "–" if runs is None else f"{runs:.4g}"
