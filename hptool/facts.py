@@ -182,11 +182,13 @@ class Framework:
     parallelism, over what it had to.
 
     Memory. `saved_hidden` and `saved_ffn` count what a layer saves: elements of the hidden size, and of the MLP's
-    width beyond its projections; `gathered_share` of the former is not split by sequence parallelism; `score_bytes`
-    are saved of an attention score beyond the usual. Logits take `logit_bytes` each, and where a framework gathers
+    width beyond its projections; `gathered_share` of the former is not split by sequence parallelism. Without a flash
+    kernel an attention score is saved in the model's precision, with `softmax_in_fp32` in fp32 too, and in
+    `score_bytes` more. Context parallelism by gathering keys and values (`cp_gathers`) saves what it gathered. Logits take `logit_bytes` each, and where a framework gathers
     the whole vocabulary (`gathers_logits`) `gathered_logit_bytes` more. Recomputation rebuilds `rebuilt_layers` at
     once, of which `rebuilt_beside_logits` lie beside the logits of the last stage. `weight_gradient_buffers` are one
-    more gradient of each weight of a layer; `allocated_mib` are buffers whatever the model.
+    more gradient of each weight of a layer, `table_gradient_buffer` one more of the embedding table (where no kernel
+    adds it to the main gradient); `allocated_mib` are buffers whatever the model.
 
     The switches below stand for what a published table leaves out. The errors are relative standard deviations of
     what was not fitted away: how far to trust a prediction that was not calibrated.
@@ -209,13 +211,16 @@ class Framework:
     saved_hidden: float
     saved_ffn: float
     gathered_share: float
+    softmax_in_fp32: bool
     score_bytes: float
+    cp_gathers: bool
     logit_bytes: float
     gathers_logits: bool
     gathered_logit_bytes: float
     rebuilt_layers: float
     rebuilt_beside_logits: float
     weight_gradient_buffers: bool
+    table_gradient_buffer: bool
     allocated_mib: float
     recomputes: bool
     zero_stage: int

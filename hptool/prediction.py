@@ -165,21 +165,20 @@ def _traced(plan: Plan, text: str, say: Say) -> Traced:
     if reason := refusal(layout, plan.config.workload):
         raise InputError(f"--dry-run-memory: {layout.name} cannot start: {reason}")
     say(f"tracing the first and the last stage of {layout.name}")
-    traces = []
     with tempfile.TemporaryDirectory(prefix="hptool-") as directory:
         config = Path(directory) / "config.yaml"
         files.write_text(config, files.yaml_text(plan.config.with_layout(layout).document()))
-        for pp_rank in sorted({0, layout.pp - 1}):
-            done = subprocess.run(  # noqa: S603 (our own module)
-                [sys.executable, "-m", "hptool.worker.dry_run", str(config), "--pp-rank", str(pp_rank)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-                raise InputError(f"--dry-run-memory: {last.removeprefix('hptool: error: ')}")
-            traces.append(json.loads(done.stdout))
+        stages = ",".join(str(stage) for stage in sorted({0, layout.pp - 1}))
+        done = subprocess.run(  # noqa: S603 (our own module)
+            [sys.executable, "-m", "hptool.worker.dry_run", str(config), "--pp-rank", stages],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise InputError(f"--dry-run-memory: {last.removeprefix('hptool: error: ')}")
+    traces = [json.loads(line) for line in done.stdout.splitlines()]
     explanation = explain.explain(plan, layout.name)
     memory = explanation.predictions.memory
     predicted = {name: float(getattr(memory, name)[0]) for name in _TRACED if hasattr(memory, name)}

@@ -153,8 +153,10 @@ def layer_activation_bytes(t: Layouts, s: Setting) -> Column:
     # Input and output of both norms; dropout masks of one byte behind attention and MLP. What sequence parallelism
     # gathers for a GEMM and keeps is not split.
     on_hidden = s.hidden * (s.saved_hidden * e + 2 * s.dropout) * ((1 - s.gathered_share) / split + s.gathered_share)
-    # Queries, keys, values and the attention's output.
-    on_heads = (2 * s.attention_width + 2 * s.kv_width) * e / t.tp
+    # Queries, keys, values and the attention's output. What context parallelism gathers is saved whole, and the output
+    # once more in the order of the sequence.
+    gathered = s.cp_gathers * (t.cp > 1) * (2 * s.kv_width * t.cp + s.attention_width)
+    on_heads = (2 * s.attention_width + 2 * s.kv_width + gathered) * e / t.tp
     # What the MLP projects to, before and after its activation; with experts for each token routed to one, with the
     # token's copy before and after.
     widths = s.mlp_inputs + 1 + s.saved_ffn
@@ -180,20 +182,29 @@ def layer_activation_bytes(t: Layouts, s: Setting) -> Column:
 
 
 def _attention_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Column:
-    heads = s.heads / t.tp
-    fused = 4 * heads * queries  # the softmax's log-sum-exp, fp32
-    # Softmax, and with dropout its mask and result: 5·a·s²·b in bf16.
-    per_score = s.element_bytes + s.dropout * (s.element_bytes + 1) + s.score_bytes
-    scores = np.where(t.recompute == Recompute.SELECTIVE, 0.0, per_score * heads * queries * keys)
+    fused = 4 * s.heads / t.tp * queries  # the softmax's log-sum-exp, fp32
+    scores = np.where(t.recompute == Recompute.SELECTIVE, 0.0, _score_bytes(t, s, queries, keys))
     return np.asarray(choose(s.flash > 0, fused, scores))
+
+
+def _score_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Column:
+    """What attention saves of its scores without a flash kernel."""
+    # Softmax, and with dropout its mask and result: 5·a·s²·b in bf16. Computed in fp32, the softmax is saved so, and
+    # only what the next GEMM reads in the model's precision.
+    plain = s.softmax_in_fp32
+    per_score = s.element_bytes + 4 * plain + s.dropout * (1 + s.element_bytes * (1 - plain)) + s.score_bytes
+    return np.asarray(per_score * s.heads / t.tp * queries * keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Microbatch:
-    """GiB on one rank that do not depend on its stage: of a layer, of its input, of the logits."""
+    """GiB on one rank that do not depend on its stage: of a layer, of its core attention, of its input, of the logits."""
 
     layer: Column
+    core: Column
     layer_input: Column
+    embedding: Column
+    last_norm: Column
     logits: Column
     buffers: Column
 
@@ -203,16 +214,20 @@ def _microbatch(t: Layouts, s: Setting) -> _Microbatch:
     on_rank = tokens(t, s)
     vocab = padded_vocab(t, s)
     width = choose(s.gathers_logits > 0, s.vocab, vocab)
-    # Context parallelism gathers keys and values of the whole sequence.
-    gathered = np.where(t.cp > 1, 2 * s.kv_width / t.tp * e * t.mbs * s.seq_length, 0)
+    # Context parallelism holds keys and values of another rank beside its own, or has gathered those of all.
+    others = choose(s.cp_gathers > 0, np.zeros(1), 2 * s.kv_width / t.tp * e * on_rank)
+    gathered = np.where(t.cp > 1, others, 0)
     weights = s.hidden * (2 * s.attention_width + 2 * s.kv_width + (s.mlp_inputs + 1) * s.ffn) / t.tp * e
     # Weights that are sharded are gathered a layer at a time, the next one while one computes.
     spare = 2 * (s.zero_stage >= ZERO_WEIGHTS) + s.weight_gradient_buffers
     return _Microbatch(
         layer=layer_activation_bytes(t, s) / GIB,
+        core=np.asarray(choose(s.flash > 0, np.zeros(len(t)), _score_bytes(t, s, on_rank, s.seq_length) / GIB)),
         layer_input=on_rank * s.hidden * e / hidden_split(t, s) / GIB,
+        embedding=s.dropout * on_rank * s.hidden / hidden_split(t, s) / GIB,
+        last_norm=2 * on_rank * s.hidden * e / hidden_split(t, s) / GIB,
         logits=on_rank * width * (s.logit_bytes + (t.tp > 1) * s.gathered_logit_bytes) / GIB,
-        buffers=(gathered + spare * weights) / GIB,
+        buffers=(gathered + spare * weights + s.table_gradient_buffer * vocab * s.hidden * e) / GIB,
     )
 
 
@@ -236,7 +251,8 @@ def _activations(t: Layouts, s: Setting, own: _Microbatch, in_flight: Column) ->
     inputs = np.where(is_uniform, layers / count, is_block * count)
     whole = np.where(is_uniform, 0.0, layers - is_block * count)
     kept = in_flight * (inputs * own.layer_input + whole * own.layer)
-    return kept, np.where(is_uniform, count, is_block) * own.layer * s.rebuilt_layers
+    rebuilt = np.where(is_uniform, count, is_block) * own.layer * s.rebuilt_layers
+    return kept, rebuilt + (t.recompute == Recompute.SELECTIVE) * own.core
 
 
 def predict_memory(table: Table) -> Memory:
@@ -267,7 +283,10 @@ def stage_memory(table: Table) -> tuple[Memory, Memory]:
     nothing = np.zeros(len(t))
     stages = []
     for first in (True, False):
-        kept, rebuilt = _activations(t, s, own, _in_flight(t, m, first=first))
+        in_flight = _in_flight(t, m, first=first)
+        kept, rebuilt = _activations(t, s, own, in_flight)
+        # The mask of the embedding's dropout, and input and output of the last norm.
+        kept = kept + (in_flight / t.vpp * own.embedding if first else own.last_norm)
         logits = own.logits * (t.pp == 1) if first else own.logits
         # The logits are gone when layers are rebuilt, or nearly so: the larger of the two is the peak.
         beside = np.minimum(rebuilt, logits) * s.rebuilt_beside_logits

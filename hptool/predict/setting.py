@@ -88,7 +88,10 @@ class Setting:
     weight_gradient_buffers: Column
     saved_hidden: Column
     saved_ffn: Column
+    softmax_in_fp32: Column
     score_bytes: Column
+    cp_gathers: Column
+    table_gradient_buffer: Column
     gathered_share: Column
     rebuilt_layers: Column
     rebuilt_beside_logits: Column
@@ -185,7 +188,10 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "weight_gradient_buffers": framework.weight_gradient_buffers,
         "saved_hidden": framework.saved_hidden,
         "saved_ffn": framework.saved_ffn,
+        "softmax_in_fp32": framework.softmax_in_fp32,
         "score_bytes": framework.score_bytes,
+        "cp_gathers": framework.cp_gathers,
+        "table_gradient_buffer": framework.table_gradient_buffer,
         "gathered_share": framework.gathered_share,
         "rebuilt_layers": framework.rebuilt_layers,
         "rebuilt_beside_logits": framework.rebuilt_beside_logits,

@@ -6,9 +6,10 @@ another.
 """
 
 import importlib.metadata
+import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def dry_run(config: BaseConfig, pp_rank: int = 0, source: str = "config") -> Dry
 @click.command()
 @click.argument("config_path", metavar="CONFIG.yaml")
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
-@click.option("--pp-rank", default="0", show_default=True, metavar="N|all", help="The pipeline stage to trace.")
+@click.option("--pp-rank", default="0", show_default=True, metavar="N,...|all", help="Pipeline stages to trace.")
 def main(config_path: str, overrides: tuple[str, ...], pp_rank: str) -> None:
     """Print what a rank of CONFIG.yaml holds in memory, as one line of JSON; with --pp-rank all, a line a stage."""
     try:
@@ -95,12 +96,12 @@ def main(config_path: str, overrides: tuple[str, ...], pp_rank: str) -> None:
         sys.exit(error.exit_code)
 
 
-def _stages(words: str, config: BaseConfig) -> range:
+def _stages(words: str, config: BaseConfig) -> Sequence[int]:
     if words == "all":
         return range(config.layout.pp)
-    if not words.isdecimal():
+    if not re.fullmatch(r"\d+(,\d+)*", words):
         raise _no_such_stage(words, config)
-    return range(int(words), int(words) + 1)
+    return [int(word) for word in words.split(",")]
 
 
 def _no_such_stage(given: object, config: BaseConfig) -> InputError:

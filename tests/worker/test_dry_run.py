@@ -16,8 +16,11 @@ from click.testing import CliRunner
 
 from hptool import files
 from hptool.base_config import BaseConfig, Preset
-from hptool.candidates import Layout, Recompute
+from hptool.candidates import Layout, Layouts, Recompute
 from hptool.errors import InputError
+from hptool.predict import stack
+from hptool.predict.memory import layer_activation_bytes, rank_parameters, stage_memory
+from hptool.predict.parallel import Table
 from hptool.units import GIB
 from hptool.worker import initialise
 from hptool.worker.dry_run import DryRun, dry_run, main
@@ -189,6 +192,31 @@ def test_interleaving_holds_more_by_the_published_part(large: Mapping[str, DryRu
 
 def test_a_dry_run_leaves_nothing_to_the_next(large: Mapping[str, DryRun]) -> None:
     assert replace(large["last again"], seconds=0) == replace(large["last"], seconds=0)
+
+
+# ---------------------------------------------------------------- against the predictions
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_predicted_is_what_the_workers_own_model_holds(large: Mapping[str, DryRun], name: str) -> None:
+    """Parameters to the last one, what a microbatch saves within 5 %, the peak of a first or last stage within 6 %."""
+    (config, stage), run = LARGE[name], large[name]
+    layout = config.layout
+    first, last = stage == 0, stage == layout.pp - 1
+    table = Layouts.of([layout])
+    setting = stack([(config.workload, files.read_cluster("dgx-a100"), files.read_framework("hptool-worker"))])
+    assert rank_parameters(table, setting, first=first, last=last).total[0] == run.parameters
+    on_first, on_last = stage_memory(Table.of(table, setting))
+    if first or last:
+        memory = on_first if first else on_last
+        tensors = memory.allocated_gib[0] - memory.framework_gib[0]
+        assert tensors == pytest.approx(run.peak_gib, rel=0.06)
+        assert memory.gradients_gib[0] == pytest.approx(run.gradients_gib, rel=1e-4)
+        assert memory.optimizer_gib[0] == pytest.approx(run.optimizer_gib, rel=1e-4)
+    if layout.recompute in (Recompute.NONE, Recompute.SELECTIVE) and not last and layout.vpp == 1:
+        layers = config.shape.num_layers / layout.pp
+        expected = layers * layer_activation_bytes(table, setting)[0] / GIB
+        assert expected == pytest.approx(run.saved_activations_gib_per_microbatch, rel=0.05)
 
 
 # ---------------------------------------------------------------- against real tensors
