@@ -156,14 +156,14 @@ Examples:
 @click.option("--dry-run-memory", metavar="LAYOUT", help="Trace a real rank of it, without a GPU.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where the table with its predictions goes.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="A table of measured runs to learn from.")
+@click.option("--columns", is_flag=True, help="Say what columns a table has, and what empty cells stand for.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.argument("words", nargs=-1, metavar="[ROWS.csv | KEY=VALUE...]")
-def predict_command(as_json: bool, words: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+def predict_command(as_json: bool, columns: bool, words: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001 (click passes by name)
     """Predict step time and memory, measuring nothing.
 
     With --model: every layout of a model on a cluster, ranked. With ROWS.csv: each row of a table of runs, in the
-    columns of published tables (hidden, layers, heads, seq, gpu and gbs at least; README says what empty cells stand
-    for); rows with measured columns show how good the predictions are.
+    columns of published tables (--columns lists them); rows with measured columns show how good the predictions are.
     """
     _terminate_like_ctrl_c()
     try:
@@ -172,8 +172,10 @@ def predict_command(as_json: bool, words: tuple[str, ...], **options: Any) -> No
         from hptool import prediction  # noqa: PLC0415
 
         console = Console(highlight=False)
-        if options["model"] is not None or options["cluster"] is not None:
-            made: prediction.Result = prediction.of_model(words, options, _say)
+        if columns:
+            made: prediction.Result = prediction.Columns()
+        elif options["model"] is not None or options["cluster"] is not None:
+            made = prediction.of_model(words, options, _say)
         else:
             made = prediction.of_table(words, options, _say)
         if as_json:

@@ -1,16 +1,20 @@
 """Predictions for tables of published runs: one a row, or the reason why there is none; and how good they are."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table as TextTable
+from rich.text import Text
 
 from hptool import tables
-from hptool.candidates import IntColumn
-from hptool.predict import Predictions, conclude, predict
+from hptool.candidates import BoolColumn, IntColumn
+from hptool.predict import BLOCK_ROWS, Predictions, conclude, predict
 from hptool.predict.calibration import (
     MEMORY_FACTORS,
     STEP_TIME_FACTORS,
@@ -27,8 +31,23 @@ from hptool.predict.setting import Setting
 from hptool.predict.step_time import step_time_bounds
 from hptool.units import TERA
 
+T = TypeVar("T")
+
 #: A layout that fits with a higher probability is called one that fits.
 EVEN = 0.5
+
+#: Lines of a printed table, the JSON having all of it, and characters of a name at least.
+_MOST_LINES = 1000
+_NARROWEST = 12
+
+#: A relative error from which on its power of ten is enough.
+_ABSURD = 1000
+
+#: Seconds after which a long forecast says how far it is.
+SAY_EVERY_S = 2.0
+
+#: Rows of a table that are resolved at once: a row that leaves its layout open stands for some hundred layouts.
+_BLOCK = 4096
 
 #: What a grid shares with others on the same hardware and software, for its own calibration: most of it.
 _GRID_DOUBT = 0.1
@@ -50,8 +69,8 @@ class Forecast:
     stack: Sequence[str]
     rejection: Sequence[str]
 
-    def table(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The table with the predicted columns beside its own; rows without a prediction have a `rejection`."""
+    def columns(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The predicted columns, a row for each of the table; rows without a prediction have a `rejection`."""
         best_s, worst_s = step_time_bounds(Table.of(self.predictions.layouts, self.setting))
         columns = self.predictions.columns() | {
             "predicted_memory_gib": self.memory_gib,
@@ -59,55 +78,93 @@ class Forecast:
             "predicted_step_time_optimistic_s": np.minimum(best_s, self.predictions.step_time_s),
             "predicted_step_time_pessimistic_s": np.maximum(worst_s, self.predictions.step_time_s),
         }
-        layouts = self.predictions.layouts
-        columns |= {f"predicted_{axis}": getattr(layouts, axis) for axis in ("tp", "pp", "vpp", "cp", "ep", "mbs")}
-        predicted = pd.DataFrame(columns, index=frame.index[self.row]).reindex(frame.index)
-        predicted.insert(0, "rejection", list(self.rejection))
+        known = np.zeros(len(frame), dtype=np.bool_)
+        known[self.row] = True
+        spread: dict[str, Any] = {"rejection": list(self.rejection)}
+        for name, column in columns.items():
+            spread[name] = np.full(len(frame), np.nan)
+            spread[name][self.row] = column
+        for axis in ("tp", "pp", "vpp", "cp", "ep", "mbs"):
+            sizes = np.ones(len(frame), dtype=np.int64)
+            sizes[self.row] = getattr(self.predictions.layouts, axis)
+            spread[f"predicted_{axis}"] = pd.arrays.IntegerArray(sizes, ~known)
+        return pd.DataFrame(spread, index=frame.index)
+
+    def table(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The table with the predicted columns beside its own, in the place of any of the same name."""
+        predicted = self.columns(frame)
         return pd.concat([frame.drop(columns=[c for c in predicted if c in frame]), predicted], axis=1)
 
 
-def forecast(frame: pd.DataFrame) -> Forecast:
-    """What is expected of each row.
+def forecast(frame: pd.DataFrame, say: Callable[[str], None] = lambda _: None) -> Forecast:
+    """What is expected of each row; `say` gets a line every two seconds.
 
     Where a row leaves the layout open, the fastest stands for it that is more likely to fit than not: who published
     it had made it run.
     """
+    pieces: list[Forecast] = []
+    since = time.monotonic()
+    for start in range(0, max(1, len(frame)), _BLOCK):
+        pieces.append(_forecast(frame.iloc[start : start + _BLOCK], start))
+        if time.monotonic() - since > SAY_EVERY_S:
+            since = time.monotonic()
+            say(f"{min(start + _BLOCK, len(frame))} of {len(frame)} rows predicted")
+    stack = [stack for piece in pieces for stack in piece.stack]
+    rejection = [reason for piece in pieces for reason in piece.rejection]
+    pieces.reverse()
+    # Each piece is let go of before the next is copied: a setting of its own for each row takes some memory.
+    return join((pieces.pop() for _ in range(len(pieces))), len(stack), stack=stack, rejection=rejection)
+
+
+def _forecast(frame: pd.DataFrame, start: int) -> Forecast:
+    """The forecast of some rows of a table, the first of which has the number `start`."""
     rows = tables.resolve(frame)
-    everything = predict(rows.layouts, rows.setting)
-    fits = everything.p_fit >= EVEN
-    worth = everything.tokens_per_s_per_gpu * np.where(fits, 1.0, everything.p_fit)
-    order = np.lexsort((-worth, ~fits, rows.row))
-    row, first = np.unique(rows.row[order], return_index=True)
-    chosen = order[first]
-    predictions, setting = everything.select(chosen), take(rows.setting, chosen)
+    best = _best(rows)
+    # Of each row that has one: the entry of its kind among the best.
+    entry = np.full(int(rows.kind.max(initial=-1)) + 1, -1)
+    entry[rows.of_kind[best]] = np.arange(len(best))
+    row = np.flatnonzero(entry[rows.kind] >= 0)
+    entry = entry[rows.kind[row]]
+    predictions = predict(take(rows.layouts, best), take(rows.setting, rows.scenario[best])).select(entry)
+    scenario = rows.scenario[best][entry]
+    setting = take(rows.setting, scenario)
+    kinds = [kind.lower() for kind in tables.texts(frame.iloc[row], "mem_kind")]
     return Forecast(
         predictions=predictions,
         setting=setting,
-        memory_gib=_comparable(predictions, setting, _kinds(frame, row)),
-        row=row,
-        stack=[rows.stack[i] for i in chosen],
+        memory_gib=_comparable(predictions, setting, kinds),
+        row=start + row,
+        stack=[rows.stack[i] for i in scenario],
         rejection=rows.rejection,
     )
 
 
-def _kinds(frame: pd.DataFrame, row: IntColumn) -> Sequence[str]:
-    if "mem_kind" not in frame:
-        return [""] * len(row)
-    return [str(kind).lower() for kind in frame.mem_kind.iloc[row].fillna("")]
+def _best(rows: tables.Rows) -> IntColumn:
+    """The layout that stands for each kind of rows, by kind."""
+    if len(np.unique(rows.of_kind)) == len(rows.of_kind):
+        return np.arange(len(rows.of_kind))
+    p_fit, rate = np.empty(len(rows.layouts)), np.empty(len(rows.layouts))
+    for at in range(0, len(rows.layouts), BLOCK_ROWS):
+        some = slice(at, at + BLOCK_ROWS)
+        p = predict(take(rows.layouts, some), take(rows.setting, rows.scenario[some]))
+        p_fit[some], rate[some] = p.p_fit, p.tokens_per_s_per_gpu
+    fits = p_fit >= EVEN
+    order = np.lexsort((-rate * np.where(fits, 1.0, p_fit), ~fits, rows.of_kind))
+    _, first = np.unique(rows.of_kind[order], return_index=True)
+    return np.asarray(order[first], dtype=np.int64)
 
 
 def _comparable(predictions: Predictions, s: Setting, kinds: Sequence[str]) -> Column:
     """The memory that a tracker of this kind would report."""
     first, last = stage_memory(Table.of(predictions.layouts, s))
-    memory = predictions.memory.allocated_gib.copy()
-    on_device = predictions.memory_gib
-    for i, kind in enumerate(kinds):
-        if "nvidia-smi" in kind:
-            memory[i] = on_device[i]
-        elif "last rank" in kind:
-            memory[i] = last.allocated_gib[i]
-        elif "rank 0" in kind or "rank-0" in kind:
-            memory[i] = first.allocated_gib[i]
+    memory = predictions.memory.allocated_gib
+    for words, reported in (
+        (("rank 0", "rank-0"), first.allocated_gib),
+        (("last rank",), last.allocated_gib),
+        (("nvidia-smi",), predictions.memory_gib),
+    ):
+        named = np.array([any(word in kind for word in words) for kind in kinds], dtype=np.bool_)
+        memory = np.where(named, reported, memory)
     return memory
 
 
@@ -119,34 +176,28 @@ def measured_step_time_s(frame: pd.DataFrame, expected: Forecast) -> Column:
 
     From the first that a row has of `tps_gpu_norm`, `iter_s`, `tokens_per_s_per_gpu`, and TFLOPS of the model's own.
     """
-    cells = frame.iloc[expected.row]
-
-    def numbers(name: str) -> Column:
-        return pd.to_numeric(cells.get(name, pd.Series(np.nan, cells.index)), errors="coerce").to_numpy(float)
-
     s = expected.setting
-    step_time_s = numbers("iter_s")
+    step_time_s = _measured(frame, expected, "iter_s")
     for name in ("tps_gpu_norm", "tokens_per_s_per_gpu"):
-        rate = numbers(name)
-        from_rate = s.gbs * s.tokens_per_sequence / s.gpus / np.where(rate > 0, rate, np.nan)
+        from_rate = s.gbs * s.tokens_per_sequence / s.gpus / _measured(frame, expected, name)
         step_time_s = np.where(np.isfinite(from_rate) & (name == "tps_gpu_norm"), from_rate, step_time_s)
         step_time_s = np.where(np.isfinite(step_time_s), step_time_s, from_rate)
-    if "tflops_kind" in cells:
-        tflops = np.where((cells.tflops_kind == "model").to_numpy(), numbers("tflops_per_gpu"), np.nan)
-        from_tflops = s.gbs * s.model_flops_per_sequence / TERA / s.gpus / np.where(tflops > 0, tflops, np.nan)
-        step_time_s = np.where(np.isfinite(step_time_s), step_time_s, from_tflops)
-    if "outcome" in cells:
-        step_time_s = np.where((cells.outcome == "ok").to_numpy(), step_time_s, np.nan)
-    return np.where(step_time_s > 0, step_time_s, np.nan)
+    own = np.array([kind == "model" for kind in tables.texts(frame, "tflops_kind")], dtype=np.bool_)[expected.row]
+    tflops = _measured(frame, expected, "tflops_per_gpu")
+    from_tflops = s.gbs * s.model_flops_per_sequence / TERA / s.gpus / np.where(own, tflops, np.nan)
+    return np.where(np.isfinite(step_time_s), step_time_s, from_tflops)
 
 
 def measured_memory_gib(frame: pd.DataFrame, expected: Forecast) -> Column:
     """Measured GiB of each predicted row, NaN where there are none."""
-    cells = frame.iloc[expected.row]
-    memory = pd.to_numeric(cells.get("mem_gb", pd.Series(np.nan, cells.index)), errors="coerce").to_numpy(float)
-    if "outcome" in cells:
-        memory = np.where((cells.outcome == "ok").to_numpy(), memory, np.nan)
-    return np.where(memory > 0, memory, np.nan)
+    return _measured(frame, expected, "mem_gb")
+
+
+def _measured(frame: pd.DataFrame, expected: Forecast, name: str) -> Column:
+    """A column's figures above 0 of the predicted rows whose runs ended well, NaN elsewhere."""
+    cells = tables.numbers(frame, name)[expected.row]
+    ended_well = np.array([outcome in ("ok", "") for outcome in tables.texts(frame, "outcome")], dtype=np.bool_)
+    return np.where(ended_well[expected.row] & (cells > 0) & np.isfinite(cells), cells, np.nan)
 
 
 # ---------------------------------------------------------------- calibration
@@ -160,9 +211,9 @@ class Learned:
     memory: Mapping[tuple[str, str], Calibration]
 
 
-def learn(frame: pd.DataFrame) -> Learned:
+def learn(frame: pd.DataFrame, say: Callable[[str], None] = lambda _: None) -> Learned:
     """Calibrations from a table of measured runs: one for each stack, and from it one for each grid."""
-    expected = forecast(frame)
+    expected = forecast(frame, say)
     grids = _grids(frame, expected)
     step_time_s, memory_gib = measured_step_time_s(frame, expected), measured_memory_gib(frame, expected)
     shares = step_time_shares(expected.predictions.step_time)
@@ -170,57 +221,79 @@ def learn(frame: pd.DataFrame) -> Learned:
     # A rank that is not the fullest takes less of everything.
     memory = memory * (expected.memory_gib / memory.sum(axis=1))[:, None]
     return Learned(
-        step_time=_learn(expected, grids, shares, step_time_s, STEP_TIME_FACTORS, expected.setting.step_time_error),
-        memory=_learn(expected, grids, memory, memory_gib, MEMORY_FACTORS, expected.setting.memory_error),
+        step_time=_learn(
+            expected,
+            grids,
+            shares=shares,
+            measured=step_time_s,
+            factors=STEP_TIME_FACTORS,
+            error=expected.setting.step_time_error,
+        ),
+        memory=_learn(
+            expected,
+            grids,
+            shares=memory,
+            measured=memory_gib,
+            factors=MEMORY_FACTORS,
+            error=expected.setting.memory_error,
+        ),
     )
 
 
-def _learn(  # noqa: PLR0913 (one for step time, one for memory)
+def _learn(
     expected: Forecast,
     grids: Sequence[str],
+    *,
     shares: Column,
     measured: Column,
     factors: Mapping[str, tuple[tuple[str, ...], float]],
     error: Column,
 ) -> Mapping[tuple[str, str], Calibration]:
-    known = np.isfinite(measured) & np.isfinite(shares).all(axis=1)
+    known = np.flatnonzero(np.isfinite(measured) & np.isfinite(shares).all(axis=1))
     calibrations: dict[tuple[str, str], Calibration] = {}
-    stacks, names = np.array(expected.stack), np.array(grids)
-    for stack in dict.fromkeys(expected.stack):
-        of_stack = known & (stacks == stack)
-        if not of_stack.any():
-            continue
-        prior = Calibration.prior(factors, float(error[np.argmax(of_stack)]))
+    for stack, among in _members([expected.stack[i] for i in known.tolist()]).items():
+        of_stack = known[among]
+        prior = Calibration.prior(factors, float(error[of_stack[0]]))
         learned = prior.updated(shares[of_stack], measured[of_stack])
         calibrations[stack, ""] = learned
-        for grid in dict.fromkeys(names[of_stack]):
-            of_grid = of_stack & (names == grid)
-            if grid and not np.array_equal(of_grid, of_stack):
+        for grid, inside in _members([grids[i] for i in of_stack.tolist()]).items():
+            of_grid = of_stack[inside]
+            if grid and len(of_grid) < len(of_stack):
                 calibrations[stack, grid] = learned.widened(_GRID_DOUBT).updated(shares[of_grid], measured[of_grid])
     return calibrations
 
 
+def _members(names: Sequence[T]) -> Mapping[T, IntColumn]:
+    """Where each name is, in the order of their first places."""
+    members: dict[T, list[int]] = {}
+    for i, name in enumerate(names):
+        members.setdefault(name, []).append(i)
+    return {name: np.array(places, dtype=np.int64) for name, places in members.items()}
+
+
 def _grids(frame: pd.DataFrame, expected: Forecast) -> Sequence[str]:
-    if "grid_id" not in frame:
-        return [""] * len(expected.row)
-    return [str(name) for name in frame.grid_id.iloc[expected.row].fillna("")]
+    names = tables.texts(frame, "grid_id")
+    return [names[i] for i in expected.row]
 
 
 def calibrated(frame: pd.DataFrame, expected: Forecast, learned: Learned) -> Forecast:
     """The forecast of `frame` after what was learned: of its grid, or else of its stack; the rest stays."""
-    keys = list(zip(expected.stack, _grids(frame, expected), strict=True))
+    known = {*learned.step_time, *learned.memory}
+    keys = [
+        (stack, grid if (stack, grid) in known else "")
+        for stack, grid in zip(expected.stack, _grids(frame, expected), strict=True)
+    ]
     pieces, order = [], []
     memory_gib = expected.memory_gib.copy()
-    for key in dict.fromkeys(keys):
-        index = np.array([i for i, k in enumerate(keys) if k == key])
+    for key, index in _members(keys).items():
         own = expected.predictions.select(index)
-        time = learned.step_time.get(key) or learned.step_time.get((key[0], ""))
+        step_time = learned.step_time.get(key) or learned.step_time.get((key[0], ""))
         memory = learned.memory.get(key) or learned.memory.get((key[0], ""))
         setting = take(expected.setting, index)
         step_time_error, memory_error = own.step_time_error, setting.memory_error
-        if time is not None:
-            step_time_error = time.error(step_time_shares(own.step_time))
-            own = replace(own, step_time=stretched_step_time(own.step_time, time))
+        if step_time is not None:
+            step_time_error = step_time.error(step_time_shares(own.step_time))
+            own = replace(own, step_time=stretched_step_time(own.step_time, step_time))
         if memory is not None:
             memory_error = memory.error(memory_shares(own.memory, allocated=False))
             before = own.memory.allocated_gib
@@ -231,7 +304,7 @@ def calibrated(frame: pd.DataFrame, expected: Forecast, learned: Learned) -> For
     if not pieces:
         return expected
     back = np.argsort(np.concatenate(order))
-    return replace(expected, predictions=join(pieces).select(back), memory_gib=memory_gib)
+    return replace(expected, predictions=join(pieces, len(keys)).select(back), memory_gib=memory_gib)
 
 
 # ---------------------------------------------------------------- how good it is
@@ -262,37 +335,34 @@ class Accuracy:
 
 def accuracy(frame: pd.DataFrame, expected: Forecast, by: str) -> list[Accuracy]:
     """Errors over the rows of each value of the column `by`; empty where nothing was measured."""
-    step_time_s = measured_step_time_s(frame, expected)
-    memory_gib = measured_memory_gib(frame, expected)
-    cells = frame.iloc[expected.row]
     p = expected.predictions
-    rate = step_time_s / p.step_time_s - 1
     low_s, high_s = p.step_time_interval_s
-    inside = (step_time_s >= low_s) & (step_time_s <= high_s)
-    memory = expected.memory_gib / memory_gib - 1
-    oom = pd.to_numeric(cells.get("oom", pd.Series(np.nan, cells.index)), errors="coerce").to_numpy(float) == 1
-    ran = np.isfinite(step_time_s)
-    groups = cells[by].fillna("").astype(str).to_numpy() if by in cells else np.full(len(cells), "")
+    step_time_s, memory_gib = measured_step_time_s(frame, expected), measured_memory_gib(frame, expected)
+    rate, memory = step_time_s / p.step_time_s - 1, expected.memory_gib / memory_gib - 1
+    timed, sized = np.isfinite(step_time_s), np.isfinite(memory_gib)
+    oom = tables.numbers(frame, "oom")[expected.row] == 1
+    words = tables.texts(frame, by)
+    members = _members([words[i] for i in expected.row])
     found = []
-    for name in sorted({str(group) for group in groups}):
-        own = groups == name
-        timed, sized = own & ran, own & np.isfinite(memory)
-        if not (timed | sized | (own & oom)).any() or (by == "grid_id" and not name):
+    for name in sorted(members):
+        own = members[name]
+        ran, filled, failed = own[timed[own]], own[sized[own]], own[oom[own]]
+        if not (len(ran) or len(filled) or len(failed)) or (by == "grid_id" and not name):
             continue
         found.append(
             Accuracy(
                 name=name,
-                rows=int(own.sum()),
-                measured=int(timed.sum()),
-                median_error=_figure(np.abs(rate[timed]), 50),
-                p90_error=_figure(np.abs(rate[timed]), 90),
-                bias=_figure(rate[timed], 50),
-                covered=float(inside[timed].mean()) if timed.any() else None,
-                memory_measured=int(sized.sum()),
-                memory_median_error=_figure(np.abs(memory[sized]), 50),
-                oom_rows=int((own & oom).sum()),
-                oom_foreseen=float((p.p_fit[own & oom] < EVEN).mean()) if (own & oom).any() else None,
-                oom_false=float((p.p_fit[timed] < EVEN).mean()) if (own & oom).any() and timed.any() else None,
+                rows=len(own),
+                measured=len(ran),
+                median_error=_figure(np.abs(rate[ran]), 50),
+                p90_error=_figure(np.abs(rate[ran]), 90),
+                bias=_figure(rate[ran], 50),
+                covered=_share((step_time_s[ran] >= low_s[ran]) & (step_time_s[ran] <= high_s[ran])),
+                memory_measured=len(filled),
+                memory_median_error=_figure(np.abs(memory[filled]), 50),
+                oom_rows=len(failed),
+                oom_foreseen=_share(p.p_fit[failed] < EVEN),
+                oom_false=_share(p.p_fit[ran] < EVEN) if len(failed) else None,
             )
         )
     return found
@@ -302,16 +372,23 @@ def _figure(values: Column, percentile: float) -> float | None:
     return float(np.percentile(values, percentile)) if len(values) else None
 
 
+def _share(conditions: BoolColumn) -> float | None:
+    return float(conditions.mean()) if len(conditions) else None
+
+
 def print_accuracy(title: str, rows: Sequence[Accuracy], console: Console) -> None:
-    """The errors in 80 columns."""
-    table = TextTable(title=title, title_justify="left", box=None)
-    table.add_column("", overflow="fold")
-    for heading in ("runs", "median", "p90", "bias", "in 80 %", "memory", "OOM seen", "false"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
+    """The errors in 80 columns, or as many as the console has: a line each, long names shortened in the middle."""
+    table = TextTable(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    headings = {"runs": 4, "median": 6, "p90": 5, "bias": 6, "in 80%": 6, "memory": 6, "OOM": 5, "false": 5}
+    for heading, width in headings.items():
+        table.add_column(heading, justify="right", no_wrap=True, min_width=width)
+    width = max(_NARROWEST, console.width - sum(headings.values()) - len(headings) - 1)
+    shown = rows[:_MOST_LINES]
+    for name, row in zip(_shortened([row.name or "all" for row in shown], width), shown, strict=True):
         table.add_row(
-            row.name or "all",
-            str(row.measured or row.memory_measured),
+            Text(name),
+            str(row.measured or row.memory_measured or row.oom_rows),
             _percent(row.median_error),
             _percent(row.p90_error),
             _percent(row.bias, sign=True),
@@ -321,9 +398,24 @@ def print_accuracy(title: str, rows: Sequence[Accuracy], console: Console) -> No
             _percent(row.oom_false),
         )
     console.print(table)
+    if len(rows) > _MOST_LINES:
+        console.print(f"and {len(rows) - _MOST_LINES} more")
+
+
+def _shortened(names: Sequence[str], width: int) -> Sequence[str]:
+    """In one line of `width` characters: long ones without a part near their middle that leaves them distinct."""
+    names = ["".join(c if c.isprintable() else " " for c in name) for name in names]
+    heads = sorted(range(1, width - 1), key=lambda head: abs(2 * head - width))
+    short = [[n if len(n) <= width else f"{n[:h]}…{n[len(n) - width + h + 1 :]}" for n in names] for h in heads]
+    times = [Counter(several) for several in short]
+    return [
+        next((several[i] for several, n in zip(short, times, strict=True) if n[several[i]] == 1), short[0][i])
+        for i in range(len(names))
+    ]
 
 
 def _percent(value: float | None, *, sign: bool = False) -> str:
     if value is None:
         return ""
-    return f"{100 * value:{'+' if sign else ''}.{0 if abs(value) >= 1 else 1}f}%"
+    digits = ".1f" if abs(value) < 1 else ".0f" if abs(value) < _ABSURD else ".0e"
+    return f"{100 * value:{'+' if sign else ''}{digits}}%"

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from hptool import explain, files, forecast, report, tables
+from hptool import explain, files, forecast, tables
 from hptool.candidates import Layout, refusal
 from hptool.errors import InputError
-from hptool.forecast import Accuracy
+from hptool.forecast import Accuracy, Forecast
 from hptool.plan import Plan, SearchRequest, make_plan
 
 Say = Callable[[str], None]
@@ -189,6 +188,35 @@ def _traced(plan: Plan, text: str, say: Say) -> Traced:
 # ---------------------------------------------------------------- a table of runs
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """What a table of runs has to say, and what its empty cells stand for."""
+
+    def show(self, console: Console) -> None:
+        """Print it in 80 columns."""
+        console.print(f"needed: {', '.join(tables.REQUIRED)}")
+        console.print("otherwise, where a cell is empty or its column is not there:")
+        table = Table(box=None, show_header=False)
+        for name, meaning in tables.DEFAULTS.items():
+            table.add_row(f"  {name}", meaning)
+        console.print(table)
+        console.print(
+            "Measured, for the errors that are printed and for --calibrate: tps_gpu_norm (tokens/s/GPU) or iter_s, "
+            "mem_gb with mem_kind, oom; outcome is ok for runs that ended well. dataset and grid_id group the errors."
+        )
+
+    def document(self) -> Mapping[str, Any]:
+        """The same."""
+        return {"needed": list(tables.REQUIRED), "defaults": dict(tables.DEFAULTS)}
+
+
+#: Reasons and rows of a table that are printed; the JSON has them all.
+_MOST_REASONS = 30
+
+#: Bytes of a table that take a second to read, and rows that take one to write.
+_LARGE, _MANY = 10**7, 20_000
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Predicted:
     """A table of runs with its predictions, and how good they are where something was measured."""
@@ -204,8 +232,11 @@ class Predicted:
         """Print it in 80 columns."""
         rejected = sum(self.rejections.values())
         console.print(f"{self.rows - rejected} of {self.rows} rows predicted" + (":" if rejected else "."))
-        for reason, count in sorted(self.rejections.items(), key=lambda item: -item[1]):
+        reasons = sorted(self.rejections.items(), key=lambda item: -item[1])
+        for reason, count in reasons[:_MOST_REASONS]:
             console.print(f"  {count:>6} not: {reason}", soft_wrap=True, markup=False)
+        if rest := reasons[_MOST_REASONS:]:
+            console.print(f"  {sum(count for _, count in rest):>6} not, for {len(rest)} more reasons")
         for stack, factors in self.factors.items():
             learned = ", ".join(f"{name} ×{factor:.2f}" for name, factor in factors.items())
             console.print(f"learned for {stack}: {learned}", soft_wrap=True, markup=False)
@@ -237,18 +268,18 @@ def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
     for name in ("explain", "dry_run_memory", "nodes", "framework"):
         if options[name] is not None:
             raise InputError(f"--{name.replace('_', '-')}: is for --model and --cluster, not for a table of runs")
-    frame = tables.read_table(Path(words[0]))
+    frame = _read(Path(words[0]), say)
     say(f"{len(frame)} rows of {words[0]}")
-    expected = forecast.forecast(frame)
+    expected = forecast.forecast(frame, say)
     factors: Mapping[str, Mapping[str, float]] = {}
     if options["calibrate"] is not None:
-        learned = forecast.learn(tables.read_table(options["calibrate"]))
+        learned = forecast.learn(_read(options["calibrate"], say), say)
         if not learned.step_time and not learned.memory:
             raise InputError(f"{options['calibrate']}: no row has a measured step time, throughput or memory")
         expected = forecast.calibrated(frame, expected, learned)
         factors = {stack: c.factors for (stack, grid), c in learned.step_time.items() if not grid}
     if options["output"] is not None:
-        files.write_text(options["output"], expected.table(frame).to_csv(index=False, float_format="%.6g"))
+        _write(options["output"], frame, expected, say)
     counts = pd.Series(list(expected.rejection), dtype=object).value_counts()
     return Predicted(
         rows=len(frame),
@@ -258,3 +289,22 @@ def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
         grids=forecast.accuracy(frame, expected, "grid_id") if "grid_id" in frame else [],
         factors=factors,
     )
+
+
+def _read(path: Path, say: Say) -> pd.DataFrame:
+    try:
+        large = path.stat().st_size > _LARGE
+    except OSError:  # as `read_table` will say
+        large = False
+    if large:
+        say(f"reading {path}")
+    return tables.read_table(path)
+
+
+def _write(path: Path, frame: pd.DataFrame, expected: Forecast, say: Say) -> None:
+    if len(frame) > _MANY:
+        say(f"writing {path}")
+    try:
+        files.write_text(path, tables.csv_text(frame, expected.columns(frame)))
+    except OSError as error:
+        raise InputError(f"--output: {path}: cannot be written: {error.strerror or error}") from error

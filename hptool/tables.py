@@ -5,23 +5,25 @@ with the reason. The text columns `gpu`, `framework` and `interconnect` are look
 """
 
 import fnmatch
-import itertools
+import functools
+import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from hptool import files
-from hptool.candidates import AXES, IntColumn, Layouts, Recompute, Workload
+from hptool.candidates import AXES, BoolColumn, IntColumn, Layouts, Recompute, Workload
 from hptool.errors import InputError
 from hptool.facts import Cluster, Framework, GpuSpec, Link, ModelShape, Network, Precision
 from hptool.predict import stack
-from hptool.predict.parts import take
 from hptool.predict.setting import Setting
 
 #: Columns without which nothing can be predicted.
@@ -35,7 +37,7 @@ DEFAULTS = {
     "ffn": "4·hidden, or 8/3·hidden rounded up to 256 with gated_mlp",
     "gated_mlp": "as the family",
     "vocab": "50257",
-    "gpus": "nodes times the GPUs of a node, or what one replica needs if that is more",
+    "gpus": "nodes times the GPUs of a node; with no nodes either, one node, or what dp replicas need if that is more",
     "nodes": "gpus over the GPUs of a node of that kind of GPU",
     "cp, ep": "1",
     "tp, pp, vpp, mbs, recompute": "the best predicted (dp narrows it)",
@@ -54,12 +56,25 @@ _DECODER_TOKENS = 128
 
 #: Everything of a row but its layout. Rows that agree in these share one setting.
 _SCENARIO = (
-    "family model hidden layers heads kv_heads ffn gated_mlp vocab seq gpu interconnect nodes gpus gbs "
-    "sequence_parallel precision precision_norm zero_stage_or_dist_opt flash_attention framework notes"
-).split()
-_LAYOUT = "tp pp vpp cp ep dp mbs recompute".split()
-_WORDS = {"family", "model", "gpu", "interconnect", "precision", "precision_norm", "framework", "notes", "recompute"}
-_WORDS |= {"zero_stage_or_dist_opt", "flash_attention"}
+    *("family", "model", "hidden", "layers", "heads", "kv_heads", "ffn", "gated_mlp", "vocab", "seq", "gpu"),
+    *("interconnect", "nodes", "gpus", "gbs", "sequence_parallel", "precision", "precision_norm"),
+    *("zero_stage_or_dist_opt", "flash_attention", "framework", "notes"),
+)
+_CUT = ("tp", "pp", "vpp", "cp", "ep", "dp", "mbs")
+
+#: What an empty cell may say. `None` is a word where it stands for no recomputation and no sharding.
+_EMPTY = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "-nan", "null", "NULL", "None", "<NA>")
+_NONE_IS_A_WORD = ("recompute", "zero_stage_or_dist_opt")
+
+#: More than any count of a real run: what is larger would overflow.
+_MOST = 2**24
+
+#: Digits of a prediction in a CSV, and the largest float up to which whole numbers are exact.
+_DIGITS = 6
+_MOST_EXACT = 2**53
+
+#: Characters of a cell that an error shows.
+_SHOWN = 60
 
 #: Values tried where a row leaves an axis open.
 _OPEN_TP = (1, 2, 4, 8)
@@ -93,85 +108,148 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """The layouts of a table's rows: `row[i]` is the row number that layout i stands for, several where it is open.
+    """The layouts of a table's rows. Rows that say the same are one kind; `kind` numbers that of each row.
 
-    `rejection` has an entry for every row of the table, empty where there is a layout. `stack` names the GPU, the
-    network and the framework of each layout: what calibrations are learned for.
+    `of_kind` is the kind that each layout stands for, several layouts where it is open, and `scenario` its entry of
+    `setting` and of `stack`, the GPU, the network and the framework for which calibrations are learned. `rejection`
+    has an entry for every row of the table, empty where there is a layout.
     """
 
     layouts: Layouts
+    of_kind: IntColumn
+    scenario: IntColumn
     setting: Setting
-    row: IntColumn
     stack: Sequence[str]
+    kind: IntColumn
     rejection: Sequence[str]
 
 
 def read_table(path: Path, required: Sequence[str] = REQUIRED) -> pd.DataFrame:
     """A CSV file with at least the required columns and one row; InputError otherwise."""
     try:
-        frame = pd.read_csv(path, low_memory=False)
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a CSV table: {error}") from error
-    missing = [column for column in required if column not in frame]
-    if missing:
-        hints = "; ".join(f"{column}: {files.nearest(column, sorted(map(str, frame.columns)))}" for column in missing)
-        raise InputError(f"{path}: columns {', '.join(missing)} missing ({hints})")
+    if not content.strip():
+        raise InputError(f"{path}: the file is empty")
+    if b"\0" in content:
+        raise InputError(f"{path}: not a CSV table: not text in UTF-8")
+    names = [str(name) for name in _parsed(path, content, header=None, nrows=1, dtype=str).iloc[0]]
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise InputError(f"{path}: columns {', '.join(twice)} given twice")
+    if len(names) == 1 and re.search(r"[;\t|]", names[0]):
+        raise InputError(f"{path}: not a CSV table: allowed between two cells is a comma")
+    if missing := [column for column in required if column not in names]:
+        hints = [f"{column}: {files.nearest(column, names)}" for column in missing]
+        meant = "; ".join(hint for hint in hints if "did you mean" in hint)
+        raise InputError(f"{path}: columns {', '.join(missing)} missing{f' ({meant})' if meant else ''}")
+    empty = {name: [word for word in _EMPTY if word != "None" or name not in _NONE_IS_A_WORD] for name in names}
+    frame = _parsed(path, content, na_values=empty, float_precision="round_trip")
     if frame.empty:
         raise InputError(f"{path}: no rows")
     return frame
 
 
+def _parsed(path: Path, content: bytes, **options: Any) -> pd.DataFrame:
+    how: dict[str, Any] = {"low_memory": False, "keep_default_na": False, "skipinitialspace": True, "index_col": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(io.BytesIO(content), **how, **options)
+    except pd.errors.ParserWarning as error:
+        raise InputError(f"{path}: not a CSV table: the rows have more cells than the first line has names") from error
+    except ValueError as error:  # what pandas raises for all that is no table, and what is not UTF-8
+        reason = " ".join(str(error).removeprefix("Error tokenizing data. C error: ").split())
+        raise InputError(f"{path}: not a CSV table: {reason}") from error
+    return cast("pd.DataFrame", frame)
+
+
+def csv_text(frame: pd.DataFrame, predicted: pd.DataFrame) -> str:
+    """As CSV: cells of `frame` as they were read, without a point where they are whole, and six digits of `predicted`.
+
+    A column that both have is that of `predicted`.
+    """
+    columns = {name: _without_point(frame[name]) for name in frame if name not in predicted}
+    columns |= {name: _six_digits(predicted[name]) for name in predicted}
+    return str(pd.DataFrame(columns).to_csv(index=False))
+
+
+def _six_digits(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    if not pd.api.types.is_float_dtype(column):
+        return column
+    values = column.to_numpy(np.float64)
+    size = np.abs(np.where(np.isfinite(values) & (values != 0), values, 1.0))
+    places = _DIGITS - 1 - np.floor(np.log10(size))
+    # Powers of ten up to 22 are exact, so that what they divide is the nearest number to its six digits.
+    up, down = 10.0 ** np.clip(places, 0, 22), 10.0 ** np.clip(-places, 0, 22)
+    return pd.Series(np.rint(values * up / down) / up * down, column.index)
+
+
+def _without_point(column: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Whole numbers of a column that pandas read as floats because some cells are empty."""
+    if not pd.api.types.is_float_dtype(column) or not (column.dropna() % 1 == 0).all():
+        return column
+    return column if (column.abs() > _MOST_EXACT).any() else column.astype("Int64")
+
+
+def texts(frame: pd.DataFrame, column: str) -> list[str]:
+    """A column as text, empty where a cell or the column is missing; numbers that name something have no point."""
+    if column not in frame:
+        return [""] * len(frame)
+    cells = frame[column]
+    if not pd.api.types.is_string_dtype(cells):
+        cells = cells.map(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+    return cells.astype(object).where(cells.notna(), "").astype(str).str.strip().tolist()
+
+
+def numbers(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
+    """A column as numbers, NaN where a cell is none or the column is missing."""
+    if column not in frame:
+        return np.full(len(frame), np.nan)
+    return pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64, na_value=np.nan)
+
+
 def resolve(frame: pd.DataFrame) -> Rows:
     """The layouts and settings of a table's rows, with every default filled in."""
-    facts = _Facts.read()
-    frame = _with_gpus(frame, facts)
-    columns = [column for column in _SCENARIO if column in frame]
-    key = frame.groupby(columns, dropna=False, sort=False).ngroup().to_numpy()
-    _, first = np.unique(key, return_index=True)
-    scenarios = [_attempt(record, facts) for record in frame[columns].iloc[first].to_dict("records")]
-    setting = stack([(s.work, s.cluster, s.framework) for s in scenarios if isinstance(s, Scenario)])
-    entry = np.cumsum([isinstance(s, Scenario) for s in scenarios]) - 1
-    rejection: list[str] = ["" if isinstance(s, Scenario) else s for s in (scenarios[k] for k in key)]
-    table: list[tuple[int, ...]] = []
-    row: list[int] = []
-    for i, record in enumerate(frame[[column for column in _LAYOUT if column in frame]].to_dict("records")):
-        if rejection[i]:
-            continue
-        try:
-            found = list(_layouts(record, scenarios[key[i]]))
-        except RowError as error:
-            rejection[i] = str(error)
-            continue
-        if not found:
-            rejection[i] = "no tp, pp and dp make up the GPUs as the row gives them"
-        table += found
-        row += [i] * len(found)
-    cells = np.array(table, dtype=np.int64).reshape(-1, len(AXES))
-    rows = np.array(row, dtype=np.int64)
-    stacks = ["" if isinstance(s, str) else s.stack for s in scenarios]
+    facts = _facts()
+    frame = _with_gpus(frame.reset_index(drop=True), facts)
+    scenario_cells = [column for column in _SCENARIO if column in frame]
+    kind, first = _alike(frame, [*scenario_cells, *(column for column in (*_CUT, "recompute") if column in frame)])
+    kinds = frame.iloc[first].reset_index(drop=True)
+    scenario, first = _alike(kinds, scenario_cells)
+    found = [_attempt(record, facts) for record in kinds[scenario_cells].iloc[first].to_dict("records")]
+    scenarios = [s for s in found if isinstance(s, Scenario)]
+    entry = np.cumsum([isinstance(s, Scenario) for s in found]) - 1
+    rejection = ["" if isinstance(found[k], Scenario) else str(found[k]) for k in scenario]
+    cells = _layouts(kinds, scenarios, entry[scenario], rejection)
     return Rows(
-        layouts=Layouts(**{axis: cells[:, i].copy() for i, axis in enumerate(AXES)}),
-        setting=take(setting, entry[key[rows]]),
-        row=rows,
-        stack=[stacks[k] for k in key[rows]],
-        rejection=rejection,
+        layouts=Layouts(**{axis: cells[axis] for axis in AXES}),
+        of_kind=cells["kind"],
+        scenario=cells["scenario"],
+        setting=stack([(s.work, s.cluster, s.framework) for s in scenarios]),
+        stack=[s.stack for s in scenarios],
+        kind=kind,
+        rejection=[rejection[k] for k in kind],
     )
+
+
+def _alike(frame: pd.DataFrame, columns: Sequence[str]) -> tuple[IntColumn, IntColumn]:
+    """Numbers for the rows that agree in `columns`, and the first row of each number."""
+    number = np.asarray(frame.groupby(list(columns), dropna=False, sort=False).ngroup(), dtype=np.int64)
+    return number, np.unique(number, return_index=True)[1].astype(np.int64)
 
 
 def _with_gpus(frame: pd.DataFrame, facts: "_Facts") -> pd.DataFrame:
-    """GPUs and nodes unknown: one node, or what one replica needs."""
-    sizes = frame.reindex(columns=["gpus", "nodes", "tp", "pp", "cp"]).apply(pd.to_numeric, errors="coerce")
-    unknown = sizes.gpus.isna() & sizes.nodes.isna()
-    for column in ("gpus", "nodes"):  # a cell that is no number is an error of its row
-        if column in frame:
-            unknown &= frame[column].isna()
-    replica = sizes[["tp", "pp", "cp"]].fillna(1).prod(axis=1)
-    node = frame.gpu.map(
-        lambda name: facts.gpus[str(name).lower()].gpus_per_node if str(name).lower() in facts.gpus else 1
-    )
-    return frame.assign(gpus=frame.reindex(columns=["gpus"]).gpus.where(~unknown, np.maximum(replica, node)))
+    """GPUs and nodes unknown: one node, or what the replicas need."""
+    empty = pd.Series(np.nan, frame.index)
+    unknown = frame.get("gpus", empty).isna() & frame.get("nodes", empty).isna()
+    sizes = [numbers(frame, column) for column in ("tp", "pp", "cp", "dp")]
+    replicas = np.prod([np.where(np.isfinite(size), size, 1.0) for size in sizes], axis=0)
+    replicas = np.where((replicas >= 1) & (replicas <= _MOST), replicas, 1.0)
+    per_node = {name: spec.gpus_per_node for name, spec in facts.gpus.items()}
+    node = np.array([per_node.get(name.lower(), 1) for name in texts(frame, "gpu")])
+    gpus = frame.get("gpus", empty).astype(object)
+    return frame.assign(gpus=gpus.where(~unknown, pd.Series(np.maximum(replicas, node), frame.index, dtype=object)))
 
 
 # ---------------------------------------------------------------- cells
@@ -180,15 +258,29 @@ def _with_gpus(frame: pd.DataFrame, facts: "_Facts") -> pd.DataFrame:
 def _number(row: Row, name: str) -> float | None:
     """A cell as a number; None where it is empty."""
     value = row.get(name)
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if _is_empty(value):
         return None
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise RowError(f"{name}: {value!r} given, allowed is a number") from None
-    if not math.isfinite(number):
-        raise RowError(f"{name}: {value!r} given, allowed is a finite number")
+        number = math.nan if isinstance(value, bool) else float(cast("Any", value))
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise RowError(f"{name}: {_shown(value)} given, allowed is a number")
+    if math.isinf(number):
+        raise RowError(f"{name}: {_shown(value)} given, allowed is a finite number")
     return number
+
+
+def _is_empty(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value is pd.NA or (isinstance(value, str) and not value.strip())
+
+
+def _shown(value: object) -> str:
+    """A cell in an error: in one line, and not the whole of a long one."""
+    text = f"{value:.15g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _count(row: Row, name: str, default: int | None = None) -> int:
@@ -197,8 +289,10 @@ def _count(row: Row, name: str, default: int | None = None) -> int:
     if value is None and default is not None:
         return default
     if value is None or value < 1 or value != int(value):
-        given = "nothing" if value is None else repr(row.get(name))
+        given = "nothing" if value is None else _shown(row.get(name))
         raise RowError(f"{name}: {given} given, allowed is a whole number of 1 or more")
+    if value > _MOST:
+        raise RowError(f"{name}: {_shown(row.get(name))} given, allowed is at most {_MOST}")
     return int(value)
 
 
@@ -208,7 +302,7 @@ def _optional(row: Row, name: str) -> int | None:
 
 def _word(row: Row, name: str) -> str:
     value = row.get(name)
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value).strip()
+    return "" if _is_empty(value) else str(value).strip()
 
 
 def _switch(row: Row, name: str, default: bool) -> bool:  # noqa: FBT001 (a cell's default)
@@ -220,7 +314,7 @@ def _switch(row: Row, name: str, default: bool) -> bool:  # noqa: FBT001 (a cell
         return True
     if word in ("0", "0.0", "false"):
         return False
-    raise RowError(f"{name}: {word!r} given, allowed is 0, 1 or unknown")
+    raise RowError(f"{name}: {_shown(word)} given, allowed is 0, 1 or unknown")
 
 
 # ---------------------------------------------------------------- scenarios
@@ -236,38 +330,38 @@ class _Families:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    """What the words of a table are looked up in."""
+    """What the words of a table are looked up in, in small letters."""
 
     gpus: Mapping[str, GpuSpec]
-    frameworks: Mapping[str, Framework]
-    networks: Sequence[Network]
+    frameworks: Sequence[tuple[re.Pattern[str], Framework]]
+    networks: Sequence[tuple[Sequence[str], Network]]
     models: _Families
 
-    @classmethod
-    def read(cls) -> "_Facts":
-        return cls(
-            gpus=files.read_gpus(),
-            frameworks=files.read_frameworks(),
-            networks=files.read_networks(),
-            models=files.read(files.data_directory("base_configs") / "families.yaml", _Families),
-        )
-
     def framework(self, text: str) -> Framework:
-        """The framework with the longest pattern that matches the text; Megatron-core where none does."""
-        matches = [
-            (len(pattern), name)
-            for name, framework in self.frameworks.items()
-            for pattern in framework.aliases
-            if fnmatch.fnmatch(text.lower(), pattern.lower())
-        ]
-        return self.frameworks[max(matches)[1] if matches else "other"]
+        """The framework with the longest pattern that matches the text; the last one, of any text, where none does."""
+        text = text.lower()
+        return next(framework for pattern, framework in self.frameworks if pattern.match(text))
 
     def links(self, gpu: GpuSpec, text: str) -> tuple[Link, Link]:
         """Inside a node and across, as a published text says, or else as the GPU's usual machine has them."""
-        for network in self.networks:
-            if any(word.lower() in text.lower() for word in network.words):
+        text = text.lower()
+        for words, network in self.networks:
+            if any(word in text for word in words):
                 return network.intra_node or gpu.intra_node, network.inter_node
         return gpu.intra_node, gpu.inter_node
+
+
+@functools.cache
+def _facts() -> _Facts:
+    frameworks = files.read_frameworks()
+    aliases = [(alias.lower(), name) for name, framework in frameworks.items() for alias in framework.aliases]
+    aliases = [*sorted(aliases, key=lambda pair: (len(pair[0]), pair[1]), reverse=True), ("*", "other")]
+    return _Facts(
+        gpus=files.read_gpus(),
+        frameworks=[(re.compile(fnmatch.translate(alias)), frameworks[name]) for alias, name in aliases],
+        networks=[([word.lower() for word in network.words], network) for network in files.read_networks()],
+        models=files.read(files.data_directory("base_configs") / "families.yaml", _Families),
+    )
 
 
 def _attempt(row: Row, facts: _Facts) -> Scenario | str:
@@ -281,7 +375,7 @@ def _scenario(row: Row, facts: _Facts) -> Scenario:
     name = _word(row, "gpu")
     if name.lower() not in facts.gpus:
         known = {spec.name for spec in facts.gpus.values()}
-        raise RowError(f"gpu: unknown GPU {name!r}; {files.nearest(name.lower(), sorted(known))}")
+        raise RowError(f"gpu: unknown GPU {_shown(name)}; {files.nearest(name.lower(), sorted(known))}")
     gpu = facts.gpus[name.lower()]
     framework = facts.framework(f"{_word(row, 'framework')}; {_word(row, 'notes')}")
     shape = _shape(row, facts.models)
@@ -296,7 +390,7 @@ def _scenario(row: Row, facts: _Facts) -> Scenario:
         precision = gpu.default_precision
     if precision not in gpu.peak_tflops:
         allowed = " or ".join(sorted(gpu.peak_tflops))
-        raise RowError(f"precision: {precision!r} given, allowed on {gpu.name} is {allowed}")
+        raise RowError(f"precision: {_shown(precision)} given, allowed on {gpu.name} is {allowed}")
     work = Workload(
         shape=shape,
         gbs=_count(row, "gbs"),
@@ -338,7 +432,9 @@ def _shape(row: Row, models: _Families) -> ModelShape:
     family = _word(row, "family").lower() or "gpt3"
     notes = _word(row, "notes")
     if family not in models.families:
-        raise RowError(f"family: {family!r} cannot be predicted; allowed are {', '.join(sorted(models.families))}")
+        raise RowError(
+            f"family: {_shown(family)} cannot be predicted; allowed are {', '.join(sorted(models.families))}"
+        )
     if "multi-latent-attention=True" in notes or re.match(r"(deepseek|kimi)", _word(row, "model").lower()):
         raise RowError("multi-latent attention cannot be predicted yet")
     words = dict(models.families[family])
@@ -349,13 +445,18 @@ def _shape(row: Row, models: _Families) -> ModelShape:
     words["gated_mlp"] = _switch(row, "gated_mlp", words.get("gated_mlp", False))
     hidden, seq, layers = _count(row, "hidden"), _count(row, "seq"), _count(row, "layers")
     heads = _count(row, "heads", max(1, hidden // 128))
+    if heads > hidden:
+        raise RowError(f"heads: {heads} given, allowed is at most hidden, {hidden}")
+    kv_heads = _count(row, "kv_heads", heads)
+    if kv_heads > heads:
+        raise RowError(f"kv_heads: {kv_heads} given, allowed is at most the {heads} heads")
     ffn = _count(row, "ffn", -(-8 * hidden // 3 // 256) * 256 if words["gated_mlp"] else 4 * hidden)
     shape = ModelShape(
         num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=ffn,
         num_attention_heads=heads,
-        num_query_groups=_count(row, "kv_heads", heads),
+        num_query_groups=kv_heads,
         kv_channels=max(1, hidden // heads),
         seq_length=seq,
         max_position_embeddings=seq,
@@ -379,7 +480,7 @@ def _shape(row: Row, models: _Families) -> ModelShape:
         )
     if has_encoder:
         match = re.search(r"encoder layers (\d+), decoder layers (\d+), decoder seq (\d+)", notes)
-        encoder, decoder, tokens = map(int, match.groups()) if match else (layers, layers, _DECODER_TOKENS)
+        encoder, decoder, tokens = _from_notes(match) if match else (layers, layers, _DECODER_TOKENS)
         shape = replace(
             shape, num_layers=decoder, seq_length=tokens, encoder_num_layers=encoder, encoder_seq_length=seq
         )
@@ -387,15 +488,24 @@ def _shape(row: Row, models: _Families) -> ModelShape:
 
 
 def _experts(row: Row, notes: str, models: _Families) -> tuple[int, int, int, int, int] | None:
-    """Experts, experts for each token, their width (0: ffn), that of shared ones, layers without; None for no experts."""
+    """Experts, experts for each token, their width (0: ffn), that of shared ones, layers without; None: no experts."""
     if match := re.search(r"num_experts=(\d+), topk=(\d+)", notes):
-        return int(match[1]), int(match[2]), 0, 0, 0
+        number, per_token = _from_notes(match)
+        if per_token > number:
+            raise RowError(f"notes: topk={per_token} given, allowed is at most num_experts={number}")
+        return number, per_token, 0, 0, 0
     model = _word(row, "model").lower()
     if model in models.experts:
         return models.experts[model]
     if _word(row, "family").lower() in ("moe", "mixtral"):
-        raise RowError(f"model: the experts of {model!r} are not known; num_experts=N, topk=K in notes gives them")
+        raise RowError(
+            f"model: the experts of {_shown(model)} are not known; num_experts=N, topk=K in notes gives them"
+        )
     return None
+
+
+def _from_notes(match: re.Match[str]) -> list[int]:
+    return [_count({"notes": digits}, "notes") for digits in match.groups()]
 
 
 def _trainer_arguments(notes: str) -> dict[str, bool]:
@@ -410,59 +520,159 @@ def _trainer_arguments(notes: str) -> dict[str, bool]:
 
 # ---------------------------------------------------------------- layouts
 
+#: How words for recomputation begin; published ones go on, as in `selective(per op)`.
+_MODES = {"none": Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.UNIFORM}
+_OPEN = -1
 
-def _layouts(row: Row, scenario: Scenario) -> Iterator[tuple[int, ...]]:
-    """The layouts that a row can stand for, in the order of AXES: one, or several where it leaves an axis open."""
-    work = scenario.work
-    given = {name: _optional(row, name) for name in ("tp", "pp", "vpp", "dp", "mbs")}
-    cp, ep = _count(row, "cp", 1), _count(row, "ep", 1)
-    layers, heads = work.shape.num_layers, work.shape.num_attention_heads
-    open_tp = [size for size in _OPEN_TP if heads % size == 0 and size <= work.gpus_per_node]
-    tp_sizes = open_tp if given["tp"] is None else [given["tp"]]
-    pp_sizes = _divisors(layers) if given["pp"] is None else [given["pp"]]
-    recompute = _word(row, "recompute").lower()
-    is_open = given["tp"] is None or given["pp"] is None
-    for tp, pp in itertools.product(tp_sizes, pp_sizes):
-        replica = tp * pp * cp
-        if work.gpus < replica or (is_open and work.gpus % replica):
-            continue
-        dp = work.gpus // replica
-        if is_open and given["dp"] not in (None, dp):
-            continue
-        for vpp in _open_vpp(layers, pp) if given["vpp"] is None else [given["vpp"]]:
-            open_mbs = [size for size in _OPEN_MBS if work.gbs % (size * dp) == 0] or [1]
-            for mbs in open_mbs if given["mbs"] is None else [given["mbs"]]:
-                for mode, count in _recompute(
-                    recompute, work, max(1, layers // (pp * vpp)), recomputes=scenario.framework.recomputes
-                ):
-                    yield tp, pp, vpp, cp, ep, mbs, mode, count
+#: What of a scenario decides on the layouts that its rows can stand for.
+_OF_SCENARIO: Mapping[str, Callable[[Scenario], int]] = {
+    "layers": lambda s: s.work.shape.num_layers,
+    "heads": lambda s: s.work.shape.num_attention_heads,
+    "seq": lambda s: s.work.shape.seq_length,
+    "experts": lambda s: max(1, s.work.shape.num_experts),
+    "gbs": lambda s: s.work.gbs,
+    "gpus": lambda s: s.work.gpus,
+    "gpus_per_node": lambda s: s.work.gpus_per_node,
+    "flash": lambda s: s.work.flash_attention,
+    "recomputes": lambda s: s.framework.recomputes,
+}
 
 
-def _recompute(word: str, work: Workload, layers: int, *, recomputes: bool) -> Iterator[tuple[Recompute, int]]:
-    if word.startswith("full"):
-        yield Recompute.UNIFORM, 1
-    elif word.startswith("selective"):
-        yield Recompute.SELECTIVE, 0
-    elif word == "none":
-        yield Recompute.NONE, 0
-    elif word in ("", "unknown") and recomputes:
-        yield Recompute.UNIFORM, 1
-    elif word in ("", "unknown"):
-        yield Recompute.NONE, 0
-        yield Recompute.UNIFORM, 1
-        for fraction in _OPEN_BLOCKS:
-            yield Recompute.BLOCK, max(1, round(fraction * layers))
-        if not work.flash_attention:
-            yield Recompute.SELECTIVE, 0
-    else:
-        raise RowError(f"recompute: {word!r} given, allowed is none, selective, full or unknown")
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Entries:
+    """Columns of equal length that grow into layouts, several entries a kind where it is open; and why kinds have none.
+
+    Cells of the table are `given_AXIS`, 0 where they are empty.
+    """
+
+    columns: dict[str, IntColumn]
+    rejection: list[str]
+
+    def __getitem__(self, name: str) -> IntColumn:
+        return self.columns[name]
+
+    def __setitem__(self, name: str, column: IntColumn) -> None:
+        self.columns[name] = column
+
+    def keep(self, good: BoolColumn, reason: str) -> None:
+        """Drops the other entries. A kind that has none left is rejected; `reason` may name columns in braces."""
+        if good.all():
+            return
+        before, first = np.unique(self.columns["kind"], return_index=True)
+        lost = ~np.isin(before, self.columns["kind"][good])
+        for kind, i in zip(before[lost].tolist(), first[lost].tolist(), strict=True):
+            self.rejection[kind] = reason.format_map({name: column[i] for name, column in self.columns.items()})
+        self.columns = {name: column[good] for name, column in self.columns.items()}
+
+    def each(self, axes: str | Sequence[str], options: Callable[..., Sequence[Any]], key: Sequence[str]) -> None:
+        """Each entry once for each of the values of `axes` that `options` gives for its columns of `key`, in order."""
+        cells = np.column_stack([self.columns[name] for name in key])
+        few, own = np.unique(cells, axis=0, return_inverse=True)
+        values = [options(*row) for row in few.tolist()]
+        count = np.array([len(v) for v in values], dtype=np.int64)
+        start, times = (np.cumsum(count) - count)[own.ravel()], count[own.ravel()]
+        entry = np.repeat(np.arange(len(times)), times)
+        nth = np.arange(len(entry)) - np.repeat(np.cumsum(times) - times, times)
+        names = [axes] if isinstance(axes, str) else axes
+        table = np.array([value for v in values for value in v], dtype=np.int64).reshape(-1, len(names))
+        self.columns = {name: column[entry] for name, column in self.columns.items()}
+        self.columns |= dict(zip(names, table[start[entry] + nth].T, strict=True))
 
 
-def _open_vpp(layers: int, pp: int) -> list[int]:
+def _layouts(
+    kinds: pd.DataFrame, scenarios: Sequence[Scenario], entry: IntColumn, rejection: list[str]
+) -> Mapping[str, IntColumn]:
+    """The layouts that each kind can stand for, in the order of AXES; `entry` is each kind's scenario.
+
+    Fills in why a kind can have none.
+    """
+    columns = {f"given_{name}": _counts(kinds, name, rejection) for name in _CUT}
+    columns |= {"mode": _modes(kinds, rejection), "kind": np.arange(len(kinds)), "scenario": entry}
+    known = np.array([not reason for reason in rejection], dtype=np.bool_)
+    e = _Entries(columns={name: column[known] for name, column in columns.items()}, rejection=rejection)
+    for name, number in _OF_SCENARIO.items():
+        e[name] = np.array([int(number(s)) for s in scenarios], dtype=np.int64)[e["scenario"]]
+    for axis in ("tp", "pp", "cp", "ep"):
+        e[axis] = np.maximum(1, e[f"given_{axis}"])
+    e.keep(e["heads"] % e["tp"] == 0, "tp: {tp} given, allowed is a divisor of the {heads} heads")
+    e.keep(e["experts"] % e["ep"] == 0, "ep: {ep} given, allowed is a divisor of the number of experts, {experts}")
+    e.keep(e["cp"] <= e["seq"], "cp: {cp} given, allowed is at most the sequence of {seq}")
+    e.keep(e["given_vpp"] <= e["layers"], "vpp: {given_vpp} given, allowed is at most the {layers} layers")
+    # In floating point, because absurd sizes overflow; where they divide the GPUs, they are exact.
+    replica = e["tp"] * np.float64(1) * e["pp"] * e["cp"]
+    e.keep(e["gpus"] % replica == 0, "tp·pp·cp: {tp}·{pp}·{cp} given, allowed is a divisor of the {gpus} GPUs")
+    e["open"] = np.asarray((e["given_tp"] == 0) | (e["given_pp"] == 0), dtype=np.int64)
+    e.each("tp", _tp_sizes, ("given_tp", "heads", "gpus_per_node"))
+    e.each("pp", _pp_sizes, ("given_pp", "layers"))
+    e["dp"] = e["gpus"] // (e["tp"] * e["pp"] * e["cp"])
+    e.keep(e["dp"] * e["tp"] * e["pp"] * e["cp"] == e["gpus"], _NOTHING_MAKES_UP)
+    e.keep((e["open"] == 0) | (e["given_dp"] == 0) | (e["given_dp"] == e["dp"]), _NOTHING_MAKES_UP)
+    e.each("vpp", _vpp_sizes, ("given_vpp", "layers", "pp"))
+    e.each("mbs", _mbs_sizes, ("given_mbs", "gbs", "dp"))
+    too_much = (e["given_mbs"] > 0) & (e["mbs"] * e["dp"] > e["gbs"])
+    e.keep(~too_much, "mbs·dp: {mbs}·{dp} given, allowed is at most the global batch of {gbs}")
+    e["chunk"] = np.maximum(1, e["layers"] // (e["pp"] * e["vpp"]))
+    e.each(("recompute", "recompute_num_layers"), _recomputations, ("mode", "recomputes", "flash", "chunk"))
+    return e.columns
+
+
+_NOTHING_MAKES_UP = "no tp, pp and dp make up the GPUs as the row gives them"
+
+
+def _tp_sizes(given: int, heads: int, gpus_per_node: int) -> Sequence[int]:
+    return [given] if given else [size for size in _OPEN_TP if heads % size == 0 and size <= gpus_per_node]
+
+
+def _pp_sizes(given: int, layers: int) -> Sequence[int]:
+    if given:
+        return [given]
+    small = [size for size in range(1, math.isqrt(layers) + 1) if layers % size == 0]
+    return sorted({*small, *(layers // size for size in small)})
+
+
+def _vpp_sizes(given: int, layers: int, pp: int) -> Sequence[int]:
+    if given:
+        return [given]
     if pp == 1 or layers % pp:
         return [1]
-    return [chunks for chunks in _divisors(layers // pp) if chunks <= _MOST_OPEN_VPP]
+    return [chunks for chunks in range(1, _MOST_OPEN_VPP + 1) if layers // pp % chunks == 0]
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+def _mbs_sizes(given: int, gbs: int, dp: int) -> Sequence[int]:
+    return [given] if given else [size for size in _OPEN_MBS if gbs % (size * dp) == 0] or [1]
+
+
+def _recomputations(mode: int, recomputes: bool, flash: bool, layers: int) -> Sequence[tuple[int, int]]:  # noqa: FBT001 (cells)
+    """Modes with their counts of layers, of which a chunk has `layers`."""
+    if mode != _OPEN:
+        return [(mode, 1 if mode == Recompute.UNIFORM else 0)]
+    if recomputes:
+        return [(Recompute.UNIFORM, 1)]
+    blocks = [(Recompute.BLOCK, max(1, round(fraction * layers))) for fraction in _OPEN_BLOCKS]
+    return [(Recompute.NONE, 0), (Recompute.UNIFORM, 1), *blocks, *([] if flash else [(Recompute.SELECTIVE, 0)])]
+
+
+def _counts(kinds: pd.DataFrame, name: str, rejection: list[str]) -> IntColumn:
+    """A column of whole numbers of 1 or more, 0 where a cell is empty; rejects kinds with other cells."""
+    cells = numbers(kinds, name).copy()  # pandas gives what cannot be written to
+    good = (cells >= 1) & (cells <= _MOST) & (cells == np.floor(cells))
+    for i in np.flatnonzero(~good & kinds[name].notna()).tolist() if name in kinds else ():
+        try:
+            cells[i] = _optional({name: kinds[name].iloc[i]}, name) or math.nan
+        except RowError as error:
+            cells[i] = math.nan
+            rejection[i] = rejection[i] or str(error)
+    return np.nan_to_num(cells).astype(np.int64)
+
+
+def _modes(kinds: pd.DataFrame, rejection: list[str]) -> IntColumn:
+    """The modes of recomputation of a column of words, `_OPEN` where none is given; rejects kinds with other words."""
+    modes = []
+    for i, text in enumerate(texts(kinds, "recompute")):
+        word = text.lower()
+        mode = next((int(mode) for start, mode in _MODES.items() if word.startswith(start)), _OPEN)
+        if mode == _OPEN and word not in ("", "unknown"):
+            reason = f"recompute: {_shown(text)} given, allowed is none, selective, full or unknown"
+            rejection[i] = rejection[i] or reason
+        modes.append(mode)
+    return np.array(modes, dtype=np.int64)

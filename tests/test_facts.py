@@ -86,3 +86,48 @@ def test_no_name_means_two_gpus() -> None:
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_reads_under_its_own_name(name: str) -> None:
     assert files.read_cluster(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    "v100-16 v100-32 a100 a100-40 a100-80 a800 h100-80 h100-96 h200-141 b200 b300 gb200 gb300 t4 l40s cpu".split(),
+)
+def test_names_of_published_tables_are_known(name: str) -> None:
+    assert files.read_gpu(name.upper(), "test") == files.read_gpu(name, "test")
+
+
+def test_peaks_are_dense() -> None:
+    # Data sheets print the double, with sparsity, in the same column: NVIDIA A100, H100 and L40S data sheets.
+    peaks = {name: files.read_gpu(name, "test").peak_tflops["bf16"] for name in ("a100-80gb", "h100-80gb", "l40s")}
+    assert peaks == pytest.approx({"a100-80gb": 312, "h100-80gb": 989, "l40s": 362}, rel=0.01)
+
+
+@pytest.mark.parametrize("name", sorted(files.read_frameworks()))
+def test_every_framework_says_its_source(name: str) -> None:
+    framework = files.read_framework(name)
+    assert framework.name == name
+    assert len(framework.source) > 30
+
+
+def test_a_framework_like_another_has_names_of_its_own() -> None:
+    frameworks = files.read_frameworks()
+    aliases = [alias for framework in frameworks.values() for alias in framework.aliases]
+    assert len(aliases) == len(set(aliases))
+    assert frameworks["nemo"].hidden_passes == frameworks["megatron-core"].hidden_passes
+    assert frameworks["nemo"].gradient_bytes != frameworks["megatron-core"].gradient_bytes
+
+
+def test_networks_are_found_by_what_tables_say() -> None:
+    networks = files.read_networks()
+    assert len({network.name for network in networks}) == len(networks)
+
+    def found(text: str) -> float | None:
+        for network in networks:
+            if any(word.lower() in text.lower() for word in network.words):
+                return network.inter_node.bandwidth_gb_per_s
+        return None
+
+    assert found("NVLink + AWS EFA") == 50
+    assert found("Selene: NVLink + HDR InfiniBand") == 25
+    assert found("8-GPU nodes; inter-node 800 Gb/s per simulator config") == 12.5
+    assert found("NVLink") is None  # says nothing of the network: the GPU's usual machine

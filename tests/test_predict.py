@@ -102,8 +102,8 @@ def test_activations_add_up_to_the_published_34_bytes(dgx_a100: Cluster) -> None
     # parallelism, and 5·a·s²·b more for attention without a flash kernel.
     work = replace(GPT3_175B, dropout=True)
     tp8 = Layouts.of([Layout(tp=8, pp=1)])
-    flash = memory_of(tp8, work, dgx_a100)
-    unfused = memory_of(tp8, replace(work, flash_attention=False), dgx_a100)
+    flash = memory_of(tp8, work, dgx_a100, "megatron-core")
+    unfused = memory_of(tp8, replace(work, flash_attention=False), dgx_a100, "megatron-core")
     s, h, a, layers = 2048, 12288, 96, 96
     assert flash.activations_gib[0] * 2**30 == pytest.approx(layers * 34 * s * h / 8, rel=0.005)
     more = (unfused.activations_gib[0] - flash.activations_gib[0]) * 2**30

@@ -29,17 +29,21 @@ ROUTED_PASSES = 2 * ROUTED_COPIES
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerCost:
-    """Seconds of one layer for one microbatch on one rank: forward and backward by kind of kernel and of exchange."""
+    """Seconds of one layer for one microbatch on one rank, forward and backward, by kind of kernel and of exchange.
 
-    gemm_forward_s: Column
-    gemm_backward_s: Column
-    attention_forward_s: Column
-    attention_backward_s: Column
-    scores_s: Column
+    `again_s` is what recomputing the layer runs a second time, `core_s` that of the core attention alone, and
+    `tp_again_s` and `cp_again_s` its exchanges. `head_s` is the output layer with the loss.
+    """
+
+    gemm_s: Column
+    attention_s: Column
     memory_bound_s: Column
-    tp_collective_s: Column
-    cp_exchange_s: Column
-    ep_exchange_s: Column
+    again_s: Column
+    core_s: Column
+    tp_s: Column
+    tp_again_s: Column
+    cp_again_s: Column
+    ep_s: Column
     head_s: Column
     send_bytes: Column
     launched_layers: Column
@@ -146,16 +150,21 @@ def layer_cost(t: Layouts, s: Setting) -> LayerCost:
     vocab = padded_vocab(t, s)
     head = _linear_s(on_rank, s.hidden, vocab, s)
     softmax = s.logit_passes * 4 * on_rank * vocab / s.memory_bytes_per_s
+    bound_s = np.asarray(elements * e / s.memory_bytes_per_s)
+    core_s = attention + scores
+    # Behind attention and MLP, forward and backward: all-reduces, or as much in gathers and scatters with sequence
+    # parallelism, whose backward pass repeats the gathers.
+    collectives = choose(s.sequence_parallel > 0, 5.0, 4.0)
     return LayerCost(
-        gemm_forward_s=np.asarray(forward + 0 * on_rank),
-        gemm_backward_s=np.asarray(backward + 0 * on_rank),
-        attention_forward_s=attention,
-        attention_backward_s=BACKWARD_ATTENTION * attention,
-        scores_s=scores,
-        memory_bound_s=np.asarray(elements * e / s.memory_bytes_per_s),
-        tp_collective_s=collective,
-        cp_exchange_s=cp,
-        ep_exchange_s=exchanged + 0 * on_rank,
+        gemm_s=np.asarray(forward + backward + 0 * on_rank),
+        attention_s=(1 + BACKWARD_ATTENTION) * attention + 3 * scores,
+        memory_bound_s=3 * bound_s,
+        again_s=np.asarray(forward + core_s + bound_s),
+        core_s=core_s,
+        tp_s=collectives * collective,
+        tp_again_s=2 * collective,
+        cp_again_s=cp,
+        ep_s=exchanged + 0 * on_rank,
         head_s=head[0] + head[1] + softmax,
         send_bytes=on_rank * s.hidden * e / split,
         launched_layers=np.asarray(1.0 + s.encoder_layers / s.num_layers + 0.5 * (s.encoder_layers > 0) + 0 * on_rank),

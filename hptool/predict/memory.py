@@ -183,8 +183,7 @@ def layer_activation_bytes(t: Layouts, s: Setting) -> Column:
 
 def _attention_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Column:
     fused = 4 * s.heads / t.tp * queries  # the softmax's log-sum-exp, fp32
-    scores = np.where(t.recompute == Recompute.SELECTIVE, 0.0, _score_bytes(t, s, queries, keys))
-    return np.asarray(choose(s.flash > 0, fused, scores))
+    return np.asarray(choose(s.flash > 0, fused, _score_bytes(t, s, queries, keys)))
 
 
 def _score_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Column:
@@ -237,9 +236,8 @@ def _in_flight(t: Layouts, m: Column, *, first: bool) -> Column:
     1F1B keeps pp in flight on its first stage and one on its last; interleaving one chunk of each more (Megatron's
     warm-up).
     """
-    if first:
-        return np.where(t.vpp > 1, np.minimum(t.pp * t.vpp + t.pp - 1, m * t.vpp), np.minimum(t.pp, m))
-    return np.where(t.vpp > 1, np.minimum((t.vpp - 1) * t.pp + 1, m * t.vpp), 1)
+    chunks = t.pp * t.vpp + (t.vpp > 1) * (t.pp - 1) if first else (t.vpp - 1) * t.pp + 1
+    return np.asarray(np.minimum(chunks, m * t.vpp))
 
 
 def _activations(t: Layouts, s: Setting, own: _Microbatch, in_flight: Column) -> tuple[Column, Column]:
@@ -248,39 +246,52 @@ def _activations(t: Layouts, s: Setting, own: _Microbatch, in_flight: Column) ->
     # A recomputed layer (or chunk of layers) keeps its input alone, and one is rebuilt at a time.
     count = np.maximum(1, t.recompute_num_layers)
     is_uniform, is_block = t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK
-    inputs = np.where(is_uniform, layers / count, is_block * count)
-    whole = np.where(is_uniform, 0.0, layers - is_block * count)
-    kept = in_flight * (inputs * own.layer_input + whole * own.layer)
-    rebuilt = np.where(is_uniform, count, is_block) * own.layer * s.rebuilt_layers
-    return kept, rebuilt + (t.recompute == Recompute.SELECTIVE) * own.core
+    # Sums of products, because a choice between columns costs more where rows are in no order.
+    inputs = is_uniform * (layers / count) + is_block * count
+    whole = layers - is_uniform * layers - is_block * count
+    rebuilt = (is_uniform * count + is_block) * own.layer * s.rebuilt_layers
+    layer = own.layer
+    if not np.all(s.flash):  # with a flash kernel there are no scores to recompute
+        core = (t.recompute == Recompute.SELECTIVE) * own.core
+        layer, rebuilt = layer - core, rebuilt + core
+    return in_flight * (inputs * own.layer_input + whole * layer), rebuilt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Stage:
+    """GiB of what differs between the first stage and the last."""
+
+    weights_gib: Column
+    gradients_gib: Column
+    optimizer_gib: Column
+    activations_gib: Column
+    logits_gib: Column
 
 
 def predict_memory(table: Table) -> Memory:
-    """Memory of the first and the last stage; each row keeps the fuller of the two."""
-    first, last = stage_memory(table)
-    return fuller(first, last, first.allocated_gib >= last.allocated_gib)
-
-
-def fuller(one: Memory, other: Memory, where: Column) -> Memory:
-    """The rows of `one` where the mask holds, and of `other` elsewhere."""
-    same = ("buffers_gib", "framework_gib", "reserved_gib")
-    return Memory(
-        **{
-            f.name: getattr(one, f.name)
-            if f.name in same
-            else np.where(where, getattr(one, f.name), getattr(other, f.name))
-            for f in fields(Memory)
-        }
-    )
+    """Memory of the fuller of the first and the last stage, row by row."""
+    own, first, last = _stages(table)
+    chosen = 1.0 * (add_up(first) >= add_up(last))
+    fuller = {f.name: _blend(getattr(first, f.name), getattr(last, f.name), chosen) for f in fields(_Stage)}
+    return _memory(table.setting, own, _Stage(**fuller))
 
 
 def stage_memory(table: Table) -> tuple[Memory, Memory]:
     """Memory of a rank of the first stage and of the last; without a pipeline they are one."""
+    own, first, last = _stages(table)
+    return _memory(table.setting, own, first), _memory(table.setting, own, last)
+
+
+def _blend(one: Column, other: Column, share: Column) -> Column:
+    """A choice, which costs less than one by branches where rows are in no order."""
+    return np.asarray(other + share * (one - other))
+
+
+def _stages(table: Table) -> tuple[_Microbatch, _Stage, _Stage]:
     t, s = table.layouts, table.setting
     own = table.per_microbatch(_microbatch)
     states = table.per_step(_states)
     m = microbatches(t, s)
-    nothing = np.zeros(len(t))
     stages = []
     for first in (True, False):
         in_flight = _in_flight(t, m, first=first)
@@ -290,18 +301,26 @@ def stage_memory(table: Table) -> tuple[Memory, Memory]:
         logits = own.logits * (t.pp == 1) if first else own.logits
         # The logits are gone when layers are rebuilt, or nearly so: the larger of the two is the peak.
         beside = np.minimum(rebuilt, logits) * s.rebuilt_beside_logits
-        rebuilt_last = rebuilt >= logits
-        parts = {
-            "weights_gib": states.first_weights if first else states.last_weights,
-            "gradients_gib": states.first_gradients if first else states.last_gradients,
-            "optimizer_gib": states.first_optimizer if first else states.last_optimizer,
-            "activations_gib": kept + np.where(rebuilt_last, rebuilt, beside),
-            "logits_gib": np.where(rebuilt_last, beside, logits),
-            "buffers_gib": own.buffers,
-            "framework_gib": nothing + s.framework_bytes / GIB,
-        }
-        allocated = sum(parts.values())
-        parts["slack_gib"] = s.on_gpu * ALLOCATOR_SLACK * allocated
-        parts["reserved_gib"] = nothing + s.reserved_bytes / GIB
-        stages.append(Memory(**parts))
-    return stages[0], stages[1]
+        is_last = 1.0 * (rebuilt >= logits)
+        stages.append(
+            _Stage(
+                weights_gib=states.first_weights if first else states.last_weights,
+                gradients_gib=states.first_gradients if first else states.last_gradients,
+                optimizer_gib=states.first_optimizer if first else states.last_optimizer,
+                activations_gib=kept + _blend(rebuilt, beside, is_last),
+                logits_gib=_blend(beside, logits, is_last),
+            )
+        )
+    return own, stages[0], stages[1]
+
+
+def _memory(s: Setting, own: _Microbatch, stage: _Stage) -> Memory:
+    nothing = np.zeros(len(own.buffers))
+    allocated = add_up(stage) + own.buffers + s.framework_bytes / GIB
+    return Memory(
+        **{f.name: getattr(stage, f.name) for f in fields(_Stage)},
+        buffers_gib=own.buffers,
+        framework_gib=nothing + s.framework_bytes / GIB,
+        slack_gib=s.on_gpu * ALLOCATOR_SLACK * allocated,
+        reserved_gib=nothing + s.reserved_bytes / GIB,
+    )

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from hptool.candidates import IntColumn, Layouts
+from hptool.candidates import AXES, IntColumn, Layouts
 from hptool.predict.parts import Column, choose, take
 from hptool.predict.setting import Setting
 
@@ -47,8 +47,8 @@ def padded_vocab(t: Layouts, s: Setting) -> Column:
 class Table:
     """Layouts with their setting, and which of them share what.
 
-    The cost of a layer and of the output layer for one microbatch is the same for all rows with the same TP, CP, EP,
-    micro batch and recomputation; what happens once a step for all rows with the same TP, PP, CP and EP. A table of a
+    The cost of a layer and of the output layer for one microbatch is the same for all rows with the same TP, CP, EP
+    and micro batch; what happens once a step for all rows with the same TP, PP, CP and EP. A table of a
     million layouts has some hundred of each.
     """
 
@@ -60,8 +60,11 @@ class Table:
     @classmethod
     def of(cls, t: Layouts, s: Setting) -> Self:
         """With a setting of its own for each row, each row stands for itself."""
-        microbatch = _combinations(t, s, ("tp", "cp", "ep", "mbs", "recompute"))
-        return cls(layouts=t, setting=s, microbatch=microbatch, step=_combinations(t, s, ("tp", "pp", "cp", "ep")))
+        microbatch = _combinations(t, s, ("tp", "cp", "ep", "mbs"))
+        step = _combinations(t, s, ("tp", "pp", "cp", "ep"))
+        # Floats once, because NumPy casts an integer column anew in every formula.
+        numbers: dict[str, Any] = {axis: getattr(t, axis).astype(np.float64) for axis in AXES}
+        return cls(layouts=Layouts(**numbers), setting=s, microbatch=microbatch, step=step)
 
     def per_microbatch(self, formula: Callable[[Layouts, Setting], T]) -> T:
         """A formula's columns for each row, computed once for the rows that share a microbatch's cost."""

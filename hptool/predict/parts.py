@@ -1,6 +1,6 @@
 """A sum that is shown as its parts: a dataclass of columns, one row a layout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
@@ -20,14 +20,34 @@ def take(table: T, index: Any) -> T:
     return type(table)(**{f.name: take(getattr(columns, f.name), index) for f in fields(columns)})
 
 
-def join(tables: Sequence[T]) -> T:
-    """Tables of the same columns below one another."""
-    columns: Sequence[Any] = tables
-    if len(columns) == 1:
-        return tables[0]
-    if isinstance(columns[0], np.ndarray):
-        return cast("T", np.concatenate(columns))
-    return type(tables[0])(**{f.name: join([getattr(t, f.name) for t in columns]) for f in fields(columns[0])})
+def join(tables: Iterable[T], rows: int, **there: Any) -> T:
+    """Tables of the same columns below one another, `rows` in all; each is let go of before the next is asked for.
+
+    `there` are fields that the whole has already.
+    """
+    whole: dict[str, Any] = {}
+    kind: Any = None
+    at = 0
+    for table in tables:
+        kind = type(table)
+        kept = {f.name: getattr(table, f.name) for f in fields(kind) if f.name not in there}
+        whole = whole or {name: _empty(part, rows) for name, part in kept.items()}
+        at += max(_put(whole[name], part, at) for name, part in kept.items())
+    return cast("T", kind(**whole, **there))
+
+
+def _empty(table: Any, rows: int) -> Any:
+    if isinstance(table, np.ndarray):
+        return np.empty(rows, table.dtype)
+    return type(table)(**{f.name: _empty(getattr(table, f.name), rows) for f in fields(table)})
+
+
+def _put(whole: Any, table: Any, at: int) -> int:
+    """Write a table's rows from row `at` on, and say how many they are."""
+    if isinstance(table, np.ndarray):
+        whole[at : at + len(table)] = table
+        return len(table)
+    return max(_put(getattr(whole, f.name), getattr(table, f.name), at) for f in fields(table))
 
 
 def add_up(parts: Any) -> Column:

@@ -129,22 +129,19 @@ def _stage(table: Table) -> _Stage:
     layers = stage_layers(t, s)
     # What recomputation runs a second time, in layers.
     block = (t.recompute == Recompute.BLOCK) * t.recompute_num_layers * t.vpp
-    again = np.where(t.recompute == Recompute.UNIFORM, layers, block)
+    again = (t.recompute == Recompute.UNIFORM) * layers + block
     selective = (t.recompute == Recompute.SELECTIVE) * layers
-    core = c.attention_forward_s + c.scores_s
-    # Behind attention and MLP, forward and backward: all-reduces, or as much in gathers and scatters with sequence
-    # parallelism, whose backward pass repeats the gathers.
-    collectives = choose(s.sequence_parallel > 0, 5.0, 4.0) * layers + 2 * again
     return _Stage(
         microbatches=microbatches(t, s),
-        gemm_s=layers * (c.gemm_forward_s + c.gemm_backward_s),
-        attention_s=layers * (c.attention_forward_s + c.attention_backward_s + 3 * c.scores_s),
-        memory_bound_s=layers * 3 * c.memory_bound_s,
-        recompute_s=again * (c.gemm_forward_s + core + c.memory_bound_s) + selective * core,
-        tp_communication_s=collectives * c.tp_collective_s,
-        cp_communication_s=(3 * layers + again) * c.cp_exchange_s,
-        ep_communication_s=(layers + again / 2) * c.ep_exchange_s,
-        launched_s=((layers + again) * s.forward_launch_s + layers * s.backward_launch_s) * c.launched_layers,
+        gemm_s=layers * c.gemm_s,
+        attention_s=layers * c.attention_s,
+        memory_bound_s=layers * c.memory_bound_s,
+        recompute_s=again * c.again_s + selective * c.core_s,
+        tp_communication_s=layers * c.tp_s + again * c.tp_again_s,
+        cp_communication_s=(3 * layers + again) * c.cp_again_s,
+        ep_communication_s=(layers + again / 2) * c.ep_s,
+        launched_s=(layers * (s.forward_launch_s + s.backward_launch_s) + again * s.forward_launch_s)
+        * c.launched_layers,
         sends_s=_pipeline_sends(t, s, c.send_bytes),
         logits_s=c.head_s,
         layers=layers,
