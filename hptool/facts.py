@@ -184,9 +184,10 @@ class Framework:
     Memory. `saved_hidden` and `saved_ffn` count what a layer saves: elements of the hidden size, and of the MLP's
     width beyond its projections; `gathered_share` of the former is not split by sequence parallelism. Without a flash
     kernel an attention score is saved in the model's precision, with `softmax_in_fp32` in fp32 too, and in
-    `score_bytes` more. Context parallelism by gathering keys and values (`cp_gathers`) saves what it gathered. Logits take `logit_bytes` each, and where a framework gathers
-    the whole vocabulary (`gathers_logits`) `gathered_logit_bytes` more. Recomputation rebuilds `rebuilt_layers` at
-    once, of which `rebuilt_beside_logits` lie beside the logits of the last stage. `weight_gradient_buffers` are one
+    `score_bytes` more. Context parallelism by gathering keys and values (`cp_gathers`) saves what it gathered. Logits
+    take `logit_bytes` each, and where a framework gathers the whole vocabulary (`gathers_logits`)
+    `gathered_logit_bytes` more. Recomputation rebuilds `rebuilt_layers` at once, of which `rebuilt_beside_logits` lie
+    beside the logits of the last stage. `weight_gradient_buffers` are one
     more gradient of each weight of a layer, `table_gradient_buffer` one more of the embedding table (where no kernel
     adds it to the main gradient); `allocated_mib` are buffers whatever the model.
 
@@ -323,9 +324,10 @@ class ModelShape:
         hidden = self.hidden_size
         total = (self.num_layers + self.encoder_num_layers) * self.layer_parameters
         if self.encoder_num_layers:
-            # Cross-attention and its norm in each layer of the decoder; the encoder ends in a norm of its own.
+            # Cross-attention and its norm in each layer of the decoder; the encoder ends in a norm of its own, and
+            # the decoder in a bias for each word (Megatron-core's T5).
             cross = self.attention_layer_parameters + self.norm_parameters
-            total += self.num_layers * cross + self.norm_parameters
+            total += self.num_layers * cross + self.norm_parameters + self.vocab_size
         if self.num_experts:
             # In the place of an MLP: a router, the experts, and an expert that sees every token.
             width = self.expert_ffn_hidden_size

@@ -299,7 +299,8 @@ def calibrated(frame: pd.DataFrame, expected: Forecast, learned: Learned) -> For
             before = own.memory.allocated_gib
             own = replace(own, memory=stretched_memory(own.memory, memory))
             memory_gib[index] *= own.memory.allocated_gib / before
-        pieces.append(conclude(own.layouts, setting, own.memory, own.step_time, step_time_error, memory_error))
+        setting = replace(setting, step_time_error=step_time_error, memory_error=memory_error)
+        pieces.append(conclude(own.layouts, setting, memory=own.memory, step_time=own.step_time))
         order.append(index)
     if not pieces:
         return expected

@@ -18,7 +18,6 @@ from hptool.facts import Cluster, Framework
 from hptool.predict import Predictions, predict, stack
 from hptool.worker.refusals import refuse_impossible
 
-
 #: What a search measures, and so predicts: `cluster/frameworks/hptool-worker.yaml`.
 WORKER_FRAMEWORK = "hptool-worker"
 

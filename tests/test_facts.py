@@ -90,7 +90,24 @@ def test_every_profile_reads_under_its_own_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    "v100-16 v100-32 a100 a100-40 a100-80 a800 h100-80 h100-96 h200-141 b200 b300 gb200 gb300 t4 l40s cpu".split(),
+    [
+        "v100-16",
+        "v100-32",
+        "a100",
+        "a100-40",
+        "a100-80",
+        "a800",
+        "h100-80",
+        "h100-96",
+        "h200-141",
+        "b200",
+        "b300",
+        "gb200",
+        "gb300",
+        "t4",
+        "l40s",
+        "cpu",
+    ],
 )
 def test_names_of_published_tables_are_known(name: str) -> None:
     assert files.read_gpu(name.upper(), "test") == files.read_gpu(name, "test")

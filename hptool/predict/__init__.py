@@ -118,13 +118,11 @@ def predict(layouts: Layouts, setting: Setting) -> Predictions:
 
 def _predict(layouts: Layouts, s: Setting) -> Predictions:
     table = Table.of(layouts, s)
-    return conclude(layouts, s, predict_memory(table), predict_step_time(table), s.step_time_error, s.memory_error)
+    return conclude(layouts, s, memory=predict_memory(table), step_time=predict_step_time(table))
 
 
-def conclude(  # noqa: PLR0913 (parts of one result)
-    layouts: Layouts, s: Setting, memory: Memory, step_time: StepTime, step_time_error: Column, memory_error: Column
-) -> Predictions:
-    """What follows from memory and step time and their relative errors."""
+def conclude(layouts: Layouts, s: Setting, *, memory: Memory, step_time: StepTime) -> Predictions:
+    """What follows from memory and step time, and from their relative errors in the setting."""
     total_s, total_gib = step_time.total_s, memory.total_gib
     nothing = np.zeros(len(layouts))
     return Predictions(
@@ -132,11 +130,11 @@ def conclude(  # noqa: PLR0913 (parts of one result)
         memory=memory,
         step_time=step_time,
         memory_gib=total_gib,
-        p_fit=normal_cdf((s.memory_bytes / GIB / total_gib - 1) / memory_error),
+        p_fit=normal_cdf((s.memory_bytes / GIB / total_gib - 1) / s.memory_error),
         step_time_s=total_s,
         model_tflops_per_gpu=s.gbs * s.model_flops_per_sequence / TERA / s.gpus / total_s,
         tokens_per_s_per_gpu=s.gbs * s.tokens_per_sequence / s.gpus / total_s,
-        step_time_error=step_time_error + nothing,
+        step_time_error=s.step_time_error + nothing,
     )
 
 

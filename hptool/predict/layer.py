@@ -22,6 +22,9 @@ BACKWARD_ATTENTION = 2.5
 TILE = 128
 
 
+#: How far apart the ranks of tensor parallelism lie.
+ONE = np.ones(1)
+
 #: Passes over a token's hidden size for each expert that it is routed to: each of the copies that are saved
 #: (`memory.ROUTED_COPIES`) is written and read.
 ROUTED_PASSES = 2 * ROUTED_COPIES
@@ -71,104 +74,136 @@ def latency_s(s: Setting, ranks: Column, stride: Column) -> Column:
 
 def gemm_s(rows: Column, columns: Column, depth: Column, s: Setting) -> Column:
     """Seconds of a GEMM of rows x columns results over a depth, or of moving its operands where that takes longer."""
-    # At least one element: a table may hold models without what others have (experts, an encoder).
-    waves = np.maximum(1.0, rows * columns) / (TILE * TILE * s.multiprocessors)
-    loss = (1 + s.half_waves / waves) * (1 + s.half_depth / np.maximum(1.0, depth))
+    waves = rows * columns / (TILE * TILE * s.multiprocessors)
+    loss = (1 + s.half_waves / waves) * (1 + s.half_depth / depth)
     compute = 2 * rows * columns * depth / s.gemm_flops_per_s * loss
     moved = s.element_bytes * (rows * columns + rows * depth + columns * depth)
     return np.asarray(np.maximum(compute, moved / s.memory_bytes_per_s))
 
 
-def _linear_s(rows: Column, width_in: Column, width_out: Column, s: Setting) -> tuple[Column, Column]:
-    """Forward and backward (by inputs, by weights) of one linear layer."""
-    forward = gemm_s(rows, width_out, width_in, s)
-    return forward, gemm_s(rows, width_in, width_out, s) + gemm_s(width_out, width_in, rows, s)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Gemms:
+    """Seconds of GEMMs, forward and backward (by inputs and by weights)."""
+
+    forward_s: Column
+    backward_s: Column
+
+    def __add__(self, other: "_Gemms") -> "_Gemms":
+        return _Gemms(forward_s=self.forward_s + other.forward_s, backward_s=self.backward_s + other.backward_s)
+
+    def times(self, share: Column) -> "_Gemms":
+        """As often as that."""
+        return _Gemms(forward_s=share * self.forward_s, backward_s=share * self.backward_s)
+
+
+def _linear(rows: Column, width_in: Column, width_out: Column, s: Setting) -> _Gemms:
+    """One linear layer. Widths are of one rank: at least one element, where a table holds models without it."""
+    width_in, width_out = np.maximum(1.0, width_in), np.maximum(1.0, width_out)
+    return _Gemms(
+        forward_s=gemm_s(rows, width_out, width_in, s),
+        backward_s=gemm_s(rows, width_in, width_out, s) + gemm_s(width_out, width_in, rows, s),
+    )
+
+
+def _mlp(rows: Column, width: Column, t: Layouts, s: Setting) -> _Gemms:
+    """Both linear layers of an MLP of this width."""
+    return _linear(rows, s.hidden, s.mlp_inputs * width / t.tp, s) + _linear(rows, width / t.tp, s.hidden, s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Work:
+    """What one layer does in a forward pass: GEMMs, attention, passes over scores, elements read and written."""
+
+    gemms: _Gemms
+    attention_s: Column
+    scores_s: Column
+    elements: Column
 
 
 def layer_cost(t: Layouts, s: Setting) -> LayerCost:
     """The cost of one decoder layer of each row; an encoder's layers are shared out over the decoder's."""
-    on_rank = tokens(t, s)
-    split = hidden_split(t, s)
-    linears = [
-        _linear_s(on_rank, s.hidden, (s.attention_width + 2 * s.kv_width) / t.tp, s),
-        _linear_s(on_rank, s.attention_width / t.tp, s.hidden, s),
-    ]
-    mlp = [
-        _linear_s(on_rank, s.hidden, s.mlp_inputs * s.ffn / t.tp, s),
-        _linear_s(on_rank, s.ffn / t.tp, s.hidden, s),
-    ]
+    on_rank, split, e = tokens(t, s), hidden_split(t, s), s.element_bytes
+    work = _decoder_layer(t, s, on_rank)
+    if np.any(s.encoder_layers):
+        work = _with_encoder(t, s, on_rank, work)
+    vocab = padded_vocab(t, s)
+    head = _linear(on_rank, s.hidden, vocab, s)
+    softmax_s = s.logit_passes * 4 * on_rank * vocab / s.memory_bytes_per_s
+    all_reduce = 2 * (t.tp - 1) / t.tp * on_rank * s.hidden * e
+    tp_s = transfer_s(all_reduce, s, t.tp, ONE) + latency_s(s, t.tp, ONE) + s.collective_s * np.log2(t.tp)
+    keys_and_values = (t.cp - 1) * 2 * s.kv_width / t.tp * on_rank * e
+    bound_s = np.asarray(work.elements * e / s.memory_bytes_per_s)
+    core_s = work.attention_s + work.scores_s
+    nothing = np.zeros(len(t))
+    return LayerCost(
+        gemm_s=work.gemms.forward_s + work.gemms.backward_s + nothing,
+        attention_s=(1 + BACKWARD_ATTENTION) * work.attention_s + 3 * work.scores_s,
+        memory_bound_s=3 * bound_s,
+        again_s=work.gemms.forward_s + core_s + bound_s,
+        core_s=core_s,
+        # Behind attention and MLP, forward and backward: all-reduces, or as much in gathers and scatters with sequence
+        # parallelism, whose backward pass repeats the gathers.
+        tp_s=choose(s.sequence_parallel > 0, 5.0, 4.0) * tp_s,
+        tp_again_s=2 * tp_s,
+        cp_again_s=transfer_s(keys_and_values, s, t.cp, t.tp) + latency_s(s, t.cp, t.tp),
+        ep_s=_expert_exchange_s(t, s, on_rank) if np.any(s.experts) else nothing,
+        head_s=head.forward_s + head.backward_s + softmax_s,
+        send_bytes=on_rank * s.hidden * e / split,
+        # A decoder layer beside an encoder has two attentions instead of one.
+        launched_layers=nothing + 1.0 + s.encoder_layers / s.num_layers + 0.5 * (s.encoder_layers > 0),
+    )
+
+
+def _attention_gemms(rows: Column, t: Layouts, s: Setting) -> _Gemms:
+    """Queries, keys and values of some tokens, and the output."""
+    projections = _linear(rows, s.hidden, (s.attention_width + 2 * s.kv_width) / t.tp, s)
+    return projections + _linear(rows, s.attention_width / t.tp, s.hidden, s)
+
+
+def _decoder_layer(t: Layouts, s: Setting, rows: Column) -> _Work:
+    """A decoder layer, or the mean of those with experts and those without."""
     share = s.expert_layers / s.num_layers
-    expert_tokens = on_rank * s.experts_per_token
-    forward = sum(f for f, _ in linears) + (1 - share) * sum(f for f, _ in mlp)
-    backward = sum(b for _, b in linears) + (1 - share) * sum(b for _, b in mlp)
-    ffn_width = (1 - share) * s.ffn
-    exchanged = np.zeros(len(t))
+    gemms = _attention_gemms(rows, t, s) + _mlp(rows, s.ffn, t, s).times(1 - share)
+    width, copies = (1 - share) * s.ffn, 0 * share
     if np.any(s.experts):
         local = np.maximum(1.0, s.experts / t.ep)
-        rows = np.maximum(1.0, expert_tokens / local)
-        routed = [
-            _linear_s(rows, s.hidden, np.maximum(1.0, s.mlp_inputs * s.expert_ffn / t.tp), s),
-            _linear_s(rows, np.maximum(1.0, s.expert_ffn / t.tp), s.hidden, s),
-        ]
-        shared = [
-            _linear_s(on_rank, s.hidden, np.maximum(1.0, s.mlp_inputs * s.shared_ffn / t.tp), s),
-            _linear_s(on_rank, np.maximum(1.0, s.shared_ffn / t.tp), s.hidden, s),
-        ]
-        has_shared = s.shared_ffn > 0
-        forward = forward + share * (local * sum(f for f, _ in routed) + has_shared * sum(f for f, _ in shared))
-        backward = backward + share * (local * sum(b for _, b in routed) + has_shared * sum(b for _, b in shared))
-        ffn_width = ffn_width + share * (s.experts_per_token * s.expert_ffn + s.shared_ffn)
-        # Tokens to their experts and back, forward and backward: four all-to-alls.
-        outside = (t.ep - 1) / t.ep * expert_tokens * s.hidden * s.element_bytes / split
-        stride = t.tp * 1.0
-        exchanged = share * 4 * (transfer_s(outside, s, t.ep, stride) + latency_s(s, t.ep, stride))
-    attention, scores = _attention_s(t, s, on_rank, s.seq_length, s.causal)
-    e = s.element_bytes
-    elements = on_rank * (s.hidden_passes * s.hidden / split + s.ffn_passes * s.mlp_inputs * ffn_width / t.tp)
-    elements = elements + share * expert_tokens * ROUTED_PASSES * s.hidden
-    if np.any(s.encoder_layers):
-        encoder_rows = t.mbs * s.encoder_seq_length / t.cp
-        per = s.encoder_layers / s.num_layers
-        kv = _linear_s(encoder_rows, s.hidden, np.maximum(1.0, 2 * s.kv_width / t.tp), s)
-        q = _linear_s(on_rank, s.hidden, s.attention_width / t.tp, s)
-        ratio = encoder_rows / on_rank
-        has = s.encoder_layers > 0
-        dense_forward = sum(f for f, _ in linears) + sum(f for f, _ in mlp)
-        dense_backward = sum(b for _, b in linears) + sum(b for _, b in mlp)
-        forward = forward + np.where(has, kv[0] + q[0] + linears[1][0] + per * ratio * dense_forward, 0)
-        backward = backward + np.where(has, kv[1] + q[1] + linears[1][1] + per * ratio * dense_backward, 0)
-        cross, cross_scores = _attention_s(t, s, on_rank, np.maximum(1.0, s.encoder_seq_length), 0 * s.causal)
-        own, own_scores = _attention_s(t, s, encoder_rows, np.maximum(1.0, s.encoder_seq_length), 0 * s.causal)
-        attention = attention + np.where(has, cross + per * own, 0)
-        scores = scores + np.where(has, cross_scores + per * own_scores, 0)
-        elements = elements * np.where(has, 1.5 + per * ratio, 1.0)
-    size = 2 * (t.tp - 1) / t.tp * on_rank * s.hidden * e
-    one = np.ones(len(t))
-    collective = transfer_s(size, s, t.tp * one, one) + latency_s(s, t.tp * one, one) + s.collective_s * np.log2(t.tp)
-    kv_size = (t.cp - 1) * 2 * s.kv_width / t.tp * on_rank * e
-    cp = transfer_s(kv_size, s, t.cp * one, t.tp * one) + latency_s(s, t.cp * one, t.tp * one)
-    vocab = padded_vocab(t, s)
-    head = _linear_s(on_rank, s.hidden, vocab, s)
-    softmax = s.logit_passes * 4 * on_rank * vocab / s.memory_bytes_per_s
-    bound_s = np.asarray(elements * e / s.memory_bytes_per_s)
-    core_s = attention + scores
-    # Behind attention and MLP, forward and backward: all-reduces, or as much in gathers and scatters with sequence
-    # parallelism, whose backward pass repeats the gathers.
-    collectives = choose(s.sequence_parallel > 0, 5.0, 4.0)
-    return LayerCost(
-        gemm_s=np.asarray(forward + backward + 0 * on_rank),
-        attention_s=(1 + BACKWARD_ATTENTION) * attention + 3 * scores,
-        memory_bound_s=3 * bound_s,
-        again_s=np.asarray(forward + core_s + bound_s),
-        core_s=core_s,
-        tp_s=collectives * collective,
-        tp_again_s=2 * collective,
-        cp_again_s=cp,
-        ep_s=exchanged + 0 * on_rank,
-        head_s=head[0] + head[1] + softmax,
-        send_bytes=on_rank * s.hidden * e / split,
-        launched_layers=np.asarray(1.0 + s.encoder_layers / s.num_layers + 0.5 * (s.encoder_layers > 0) + 0 * on_rank),
+        routed = _mlp(np.maximum(1.0, rows * s.experts_per_token / local), s.expert_ffn, t, s)
+        shared = _mlp(rows, s.shared_ffn, t, s)
+        gemms = gemms + routed.times(share * local) + shared.times(share * (s.shared_ffn > 0))
+        width = width + share * (s.experts_per_token * s.expert_ffn + s.shared_ffn)
+        copies = share * s.experts_per_token * ROUTED_PASSES
+    passes = s.hidden_passes / hidden_split(t, s) + copies
+    attention_s, scores_s = _attention_s(t, s, rows, s.seq_length, s.causal)
+    elements = rows * (passes * s.hidden + s.ffn_passes * s.mlp_inputs * width / t.tp)
+    return _Work(gemms=gemms, attention_s=attention_s, scores_s=scores_s, elements=elements)
+
+
+def _with_encoder(t: Layouts, s: Setting, rows: Column, own: _Work) -> _Work:
+    """A decoder layer with its cross-attention, and its share of the encoder's layers."""
+    present = 1.0 * (s.encoder_layers > 0)
+    share = s.encoder_layers / s.num_layers
+    keys = np.maximum(1.0, s.encoder_seq_length)
+    encoder_rows = np.maximum(1.0, t.mbs * s.encoder_seq_length / t.cp)
+    cross = _linear(encoder_rows, s.hidden, 2 * s.kv_width / t.tp, s)
+    cross = cross + _linear(rows, s.hidden, s.attention_width / t.tp, s)
+    cross = cross + _linear(rows, s.attention_width / t.tp, s.hidden, s)
+    encoder = _attention_gemms(encoder_rows, t, s) + _mlp(encoder_rows, s.ffn, t, s)
+    cross_s, cross_scores_s = _attention_s(t, s, rows, keys, 0 * s.causal)
+    encoder_s, encoder_scores_s = _attention_s(t, s, encoder_rows, keys, 0 * s.causal)
+    return _Work(
+        gemms=own.gemms + cross.times(present) + encoder.times(share),
+        attention_s=own.attention_s + present * cross_s + share * encoder_s,
+        scores_s=own.scores_s + present * cross_scores_s + share * encoder_scores_s,
+        # A third norm and residual in a decoder layer; an encoder layer for its tokens.
+        elements=own.elements * (1 + present * 0.5 + share * encoder_rows / rows),
     )
+
+
+def _expert_exchange_s(t: Layouts, s: Setting, rows: Column) -> Column:
+    """Tokens to their experts and back, forward and backward: four all-to-alls."""
+    outside = (t.ep - 1) / t.ep * rows * s.experts_per_token * s.hidden * s.element_bytes / hidden_split(t, s)
+    each = transfer_s(outside, s, t.ep, t.tp) + latency_s(s, t.ep, t.tp)
+    return np.asarray(s.expert_layers / s.num_layers * 4 * each)
 
 
 def _attention_s(t: Layouts, s: Setting, queries: Column, keys: Column, causal: Column) -> tuple[Column, Column]:

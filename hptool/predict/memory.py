@@ -105,6 +105,8 @@ def rank_parameters(t: Layouts, s: Setting, *, first: bool, last: bool) -> RankP
     if last:
         # The last stage needs its own copy of tied embeddings, unless it is the first stage too.
         dense = dense + (1 - s.tied * first) * table + s.norm
+        # Megatron-core's T5 has a bias for each word.
+        dense = dense + (s.encoder_layers > 0) * padded_vocab(t, s)
     return RankParameters(dense=np.asarray(dense), experts=experts)
 
 
@@ -197,7 +199,7 @@ def _score_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Colum
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Microbatch:
-    """GiB on one rank that do not depend on its stage: of a layer, of its core attention, of its input, of the logits."""
+    """GiB on one rank that do not depend on its stage: of a layer, its core attention, its input, the logits."""
 
     layer: Column
     core: Column

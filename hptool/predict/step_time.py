@@ -11,7 +11,7 @@ import numpy as np
 from hptool.candidates import Layouts, Recompute
 from hptool.predict.layer import latency_s, layer_cost, transfer_s
 from hptool.predict.memory import ZERO_WEIGHTS, stage_parameters
-from hptool.predict.parallel import Table, data_parallel, hidden_split, microbatches, stage_layers, tokens
+from hptool.predict.parallel import Table, data_parallel, microbatches, stage_layers
 from hptool.predict.parts import Column, add_up, choose
 from hptool.predict.setting import Setting
 

@@ -1,4 +1,4 @@
-"""Fit the constants of `cluster/gpus/` and `cluster/frameworks/` to published runs, and print by what they would change.
+"""Fit the constants of `cluster/gpus/` and `cluster/frameworks/` to published runs; print what would change.
 
     python -m tests.benchmarks.fit_facts ../shared/truth/training.csv [ampere|blackwell-hopper|nanotron|nvl72]
 
@@ -116,7 +116,7 @@ def fit(name: str, frame: pd.DataFrame) -> None:
         curvature = slope.T @ (slope * weight[:, None]) + prior
         step = -np.linalg.solve(curvature, slope.T @ (weight * now) + prior @ logs)
         logs = logs + np.clip(step, -0.5, 0.5)
-        if np.max(np.abs(step)) < 1e-4:  # noqa: PLR2004 (a hundredth of a percent)
+        if np.max(np.abs(step)) < 1e-4:
             break
     print(f"{name}: {known.sum()} runs")
     for factor, log in zip(factors, logs, strict=True):
