@@ -1,5 +1,7 @@
 """Predictions for tables of published runs: one a row, or the reason why there is none; and how good they are."""
 
+import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,7 @@ from rich.table import Table as TextTable
 from rich.text import Text
 
 from hptool import tables
-from hptool.candidates import BoolColumn, IntColumn
+from hptool.candidates import BoolColumn, IntColumn, Recompute
 from hptool.predict import BLOCK_ROWS, Predictions, conclude, predict
 from hptool.predict.calibration import (
     MEMORY_FACTORS,
@@ -84,10 +86,15 @@ class Forecast:
         for name, column in columns.items():
             spread[name] = np.full(len(frame), np.nan)
             spread[name][self.row] = column
+        layouts = self.predictions.layouts
         for axis in ("tp", "pp", "vpp", "cp", "ep", "mbs"):
             sizes = np.ones(len(frame), dtype=np.int64)
-            sizes[self.row] = getattr(self.predictions.layouts, axis)
+            sizes[self.row] = getattr(layouts, axis)
             spread[f"predicted_{axis}"] = pd.arrays.IntegerArray(sizes, ~known)
+        modes = zip(layouts.recompute.tolist(), layouts.recompute_num_layers.tolist(), strict=True)
+        labels = np.full(len(frame), None, dtype=np.object_)
+        labels[self.row] = [_label(mode, count) for mode, count in modes]
+        spread["predicted_recompute"] = labels
         return pd.DataFrame(spread, index=frame.index)
 
     def table(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -96,38 +103,56 @@ class Forecast:
         return pd.concat([frame.drop(columns=[c for c in predicted if c in frame]), predicted], axis=1)
 
 
+@functools.cache
+def _label(mode: int, count: int) -> str:
+    return Recompute(mode).label(count)
+
+
 def forecast(frame: pd.DataFrame, say: Callable[[str], None] = lambda _: None) -> Forecast:
     """What is expected of each row; `say` gets a line every two seconds.
 
     Where a row leaves the layout open, the fastest stands for it that is more likely to fit than not: who published
     it had made it run.
     """
+    same, first = tables.alike(frame)
     pieces: list[Forecast] = []
     since = time.monotonic()
-    for start in range(0, max(1, len(frame)), _BLOCK):
-        pieces.append(_forecast(frame.iloc[start : start + _BLOCK], start))
+    for start in range(0, max(1, len(first)), _BLOCK):
+        pieces.append(_forecast(frame.iloc[first[start : start + _BLOCK]], start))
         if time.monotonic() - since > SAY_EVERY_S:
             since = time.monotonic()
-            say(f"{min(start + _BLOCK, len(frame))} of {len(frame)} rows predicted")
+            say(f"{min(start + _BLOCK, len(first))} of {len(first)} different rows predicted")
     stack = [stack for piece in pieces for stack in piece.stack]
     rejection = [reason for piece in pieces for reason in piece.rejection]
     pieces.reverse()
     # Each piece is let go of before the next is copied: a setting of its own for each row takes some memory.
-    return join((pieces.pop() for _ in range(len(pieces))), len(stack), stack=stack, rejection=rejection)
+    different = join((pieces.pop() for _ in range(len(pieces))), len(stack), stack=stack, rejection=rejection)
+    return different if len(first) == len(frame) else _spread(different, same)
+
+
+def _spread(different: Forecast, same: IntColumn) -> Forecast:
+    """The forecast of a table of which row i says the same as row `same[i]` of another."""
+    entry = np.full(len(different.rejection), -1)
+    entry[different.row] = np.arange(len(different.row))
+    row = np.flatnonzero(entry[same] >= 0)
+    chosen = entry[same[row]]
+    return Forecast(
+        predictions=different.predictions.select(chosen),
+        setting=take(different.setting, chosen),
+        memory_gib=different.memory_gib[chosen],
+        row=row,
+        stack=[different.stack[i] for i in chosen],
+        rejection=[different.rejection[i] for i in same],
+    )
 
 
 def _forecast(frame: pd.DataFrame, start: int) -> Forecast:
     """The forecast of some rows of a table, the first of which has the number `start`."""
     rows = tables.resolve(frame)
     best = _best(rows)
-    # Of each row that has one: the entry of its kind among the best.
-    entry = np.full(int(rows.kind.max(initial=-1)) + 1, -1)
-    entry[rows.of_kind[best]] = np.arange(len(best))
-    row = np.flatnonzero(entry[rows.kind] >= 0)
-    entry = entry[rows.kind[row]]
-    predictions = predict(take(rows.layouts, best), take(rows.setting, rows.scenario[best])).select(entry)
-    scenario = rows.scenario[best][entry]
+    layouts, row, scenario = take(rows.layouts, best), rows.row[best], rows.scenario[best]
     setting = take(rows.setting, scenario)
+    predictions = predict(layouts, setting)
     kinds = [kind.lower() for kind in tables.texts(frame.iloc[row], "mem_kind")]
     return Forecast(
         predictions=predictions,
@@ -140,17 +165,17 @@ def _forecast(frame: pd.DataFrame, start: int) -> Forecast:
 
 
 def _best(rows: tables.Rows) -> IntColumn:
-    """The layout that stands for each kind of rows, by kind."""
-    if len(np.unique(rows.of_kind)) == len(rows.of_kind):
-        return np.arange(len(rows.of_kind))
-    p_fit, rate = np.empty(len(rows.layouts)), np.empty(len(rows.layouts))
-    for at in range(0, len(rows.layouts), BLOCK_ROWS):
+    """The layout that stands for each row that has one."""
+    if len(np.unique(rows.row)) == len(rows.row):
+        return np.arange(len(rows.row))
+    p_fit, rate = np.empty(len(rows.row)), np.empty(len(rows.row))
+    for at in range(0, len(rows.row), BLOCK_ROWS):
         some = slice(at, at + BLOCK_ROWS)
         p = predict(take(rows.layouts, some), take(rows.setting, rows.scenario[some]))
         p_fit[some], rate[some] = p.p_fit, p.tokens_per_s_per_gpu
     fits = p_fit >= EVEN
-    order = np.lexsort((-rate * np.where(fits, 1.0, p_fit), ~fits, rows.of_kind))
-    _, first = np.unique(rows.of_kind[order], return_index=True)
+    order = np.lexsort((-rate * np.where(fits, 1.0, p_fit), ~fits, rows.row))
+    _, first = np.unique(rows.row[order], return_index=True)
     return np.asarray(order[first], dtype=np.int64)
 
 
@@ -370,7 +395,13 @@ def accuracy(frame: pd.DataFrame, expected: Forecast, by: str) -> list[Accuracy]
 
 
 def _figure(values: Column, percentile: float) -> float | None:
-    return float(np.percentile(values, percentile)) if len(values) else None
+    """As `np.percentile`, which takes ten times as long for the few runs of a grid."""
+    if not len(values):
+        return None
+    ordered = np.sort(values)
+    at = (len(values) - 1) * percentile / 100
+    below, above = ordered[math.floor(at)], ordered[math.ceil(at)]
+    return float(below + (above - below) * (at % 1))
 
 
 def _share(conditions: BoolColumn) -> float | None:

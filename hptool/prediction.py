@@ -273,13 +273,17 @@ def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
     expected = forecast.forecast(frame, say)
     factors: Mapping[str, Mapping[str, float]] = {}
     if options["calibrate"] is not None:
-        learned = forecast.learn(_read(options["calibrate"], say), say)
+        measured = _read(options["calibrate"], say)
+        say(f"{len(measured)} rows of {options['calibrate']} to learn from")
+        learned = forecast.learn(measured, say)
         if not learned.step_time and not learned.memory:
             raise InputError(f"{options['calibrate']}: no row has a measured step time, throughput or memory")
         expected = forecast.calibrated(frame, expected, learned)
         factors = {stack: c.factors for (stack, grid), c in learned.step_time.items() if not grid}
     if options["output"] is not None:
         _write(options["output"], frame, expected, say)
+    if len(frame) > _MANY:
+        say("comparing with what was measured")
     counts = pd.Series(list(expected.rejection), dtype=object).value_counts()
     return Predicted(
         rows=len(frame),

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from hptool import files
 from hptool.candidates import AXES, BoolColumn, IntColumn, Layouts, Recompute, Workload
 from hptool.errors import InputError
-from hptool.facts import Cluster, Framework, GpuSpec, Link, ModelShape, Network, Precision
+from hptool.facts import Cluster, Framework, GpuSpec, ModelShape, Network, Precision
 from hptool.predict import stack
 from hptool.predict.setting import Setting
 
@@ -42,7 +42,7 @@ DEFAULTS = {
     "cp, ep": "1",
     "tp, pp, vpp, mbs, recompute": "the best predicted (dp narrows it)",
     "precision": "the usual one of the GPU",
-    "framework": "megatron-core",
+    "framework": "one like megatron-core, trusted less",
     "interconnect": "the links of the machine in which the GPU usually comes",
     "sequence_parallel, flash_attention, zero_stage_or_dist_opt": "as the framework",
 }
@@ -62,6 +62,9 @@ _SCENARIO = (
 )
 _CUT = ("tp", "pp", "vpp", "cp", "ep", "dp", "mbs")
 
+#: All that a prediction looks at.
+COLUMNS = (*_SCENARIO, *_CUT, "recompute", "mem_kind")
+
 #: What an empty cell may say. `None` is a word where it stands for no recomputation and no sharding.
 _EMPTY = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "-nan", "null", "NULL", "None", "<NA>")
 _NONE_IS_A_WORD = ("recompute", "zero_stage_or_dist_opt")
@@ -69,9 +72,14 @@ _NONE_IS_A_WORD = ("recompute", "zero_stage_or_dist_opt")
 #: More than any count of a real run: what is larger would overflow.
 _MOST = 2**24
 
-#: Digits of a prediction in a CSV, and the largest float up to which whole numbers are exact.
-_DIGITS = 6
+#: Up to which whole numbers are exact as floats.
 _MOST_EXACT = 2**53
+
+#: Rows of which the text is made at once.
+_WRITTEN_AT_ONCE = 2**14
+
+#: Texts of which it is kept what they stand for.
+_TEXTS = 4096
 
 #: Characters of a cell that an error shows.
 _SHOWN = 60
@@ -108,19 +116,17 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rows:
-    """The layouts of a table's rows. Rows that say the same are one kind; `kind` numbers that of each row.
+    """The layouts of a table's rows: `row[i]` is the row number that layout i stands for, several where it is open.
 
-    `of_kind` is the kind that each layout stands for, several layouts where it is open, and `scenario` its entry of
-    `setting` and of `stack`, the GPU, the network and the framework for which calibrations are learned. `rejection`
-    has an entry for every row of the table, empty where there is a layout.
+    `scenario[i]` is its entry of `setting` and of `stack`, which names the GPU, the network and the framework: what
+    calibrations are learned for. `rejection` has an entry for every row of the table, empty where there is a layout.
     """
 
     layouts: Layouts
-    of_kind: IntColumn
+    row: IntColumn
     scenario: IntColumn
     setting: Setting
     stack: Sequence[str]
-    kind: IntColumn
     rejection: Sequence[str]
 
 
@@ -144,7 +150,7 @@ def read_table(path: Path, required: Sequence[str] = REQUIRED) -> pd.DataFrame:
         meant = "; ".join(hint for hint in hints if "did you mean" in hint)
         raise InputError(f"{path}: columns {', '.join(missing)} missing{f' ({meant})' if meant else ''}")
     empty = {name: [word for word in _EMPTY if word != "None" or name not in _NONE_IS_A_WORD] for name in names}
-    frame = _parsed(path, content, na_values=empty, float_precision="round_trip")
+    frame = _parsed(path, content, na_values=empty)
     if frame.empty:
         raise InputError(f"{path}: no rows")
     return frame
@@ -169,20 +175,20 @@ def csv_text(frame: pd.DataFrame, predicted: pd.DataFrame) -> str:
 
     A column that both have is that of `predicted`.
     """
-    columns = {name: _without_point(frame[name]) for name in frame if name not in predicted}
-    columns |= {name: _six_digits(predicted[name]) for name in predicted}
-    return str(pd.DataFrame(columns).to_csv(index=False))
+    read = pd.DataFrame({name: _without_point(frame[name]) for name in frame if name not in predicted})
+    pieces = []
+    for start in range(0, max(1, len(frame)), _WRITTEN_AT_ONCE):
+        some = slice(start, start + _WRITTEN_AT_ONCE)
+        piece = pd.concat([read.iloc[some], predicted.iloc[some].apply(_six_digits)], axis=1)
+        pieces.append(piece.to_csv(index=False, header=start == 0))
+    return "".join(pieces)
 
 
 def _six_digits(column: "pd.Series[Any]") -> "pd.Series[Any]":
     if not pd.api.types.is_float_dtype(column):
         return column
-    values = column.to_numpy(np.float64)
-    size = np.abs(np.where(np.isfinite(values) & (values != 0), values, 1.0))
-    places = _DIGITS - 1 - np.floor(np.log10(size))
-    # Powers of ten up to 22 are exact, so that what they divide is the nearest number to its six digits.
-    up, down = 10.0 ** np.clip(places, 0, 22), 10.0 ** np.clip(-places, 0, 22)
-    return pd.Series(np.rint(values * up / down) / up * down, column.index)
+    cells = ["" if math.isnan(value) else format(value, ".6g") for value in column.tolist()]
+    return pd.Series(cells, column.index, dtype=object)
 
 
 def _without_point(column: "pd.Series[Any]") -> "pd.Series[Any]":
@@ -196,10 +202,8 @@ def texts(frame: pd.DataFrame, column: str) -> list[str]:
     """A column as text, empty where a cell or the column is missing; numbers that name something have no point."""
     if column not in frame:
         return [""] * len(frame)
-    cells = frame[column]
-    if not pd.api.types.is_string_dtype(cells):
-        cells = cells.map(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-    return cells.astype(object).where(cells.notna(), "").astype(str).str.strip().tolist()
+    whole = (int(v) if isinstance(v, float) and v.is_integer() else v for v in frame[column].tolist())
+    return ["" if _is_empty(value) else str(value).strip() for value in whole]
 
 
 def numbers(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
@@ -209,34 +213,33 @@ def numbers(frame: pd.DataFrame, column: str) -> NDArray[np.float64]:
     return pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64, na_value=np.nan)
 
 
+def alike(frame: pd.DataFrame, columns: Sequence[str] = COLUMNS) -> tuple[IntColumn, IntColumn]:
+    """Numbers for the rows that agree in those of `columns` that there are, and the first row of each number."""
+    keys = [column for column in columns if column in frame]
+    number = np.asarray(frame.groupby(keys, dropna=False, sort=False).ngroup(), dtype=np.int64)
+    return number, np.unique(number, return_index=True)[1].astype(np.int64)
+
+
 def resolve(frame: pd.DataFrame) -> Rows:
     """The layouts and settings of a table's rows, with every default filled in."""
     facts = _facts()
     frame = _with_gpus(frame.reset_index(drop=True), facts)
-    scenario_cells = [column for column in _SCENARIO if column in frame]
-    kind, first = _alike(frame, [*scenario_cells, *(column for column in (*_CUT, "recompute") if column in frame)])
-    kinds = frame.iloc[first].reset_index(drop=True)
-    scenario, first = _alike(kinds, scenario_cells)
-    found = [_attempt(record, facts) for record in kinds[scenario_cells].iloc[first].to_dict("records")]
+    scenario, first = alike(frame, _SCENARIO)
+    cells = {column: frame[column].iloc[first].tolist() for column in _SCENARIO if column in frame}
+    records = (dict(zip(cells, record, strict=True)) for record in zip(*cells.values(), strict=True))
+    found = [_attempt(record, facts) for record in records]
     scenarios = [s for s in found if isinstance(s, Scenario)]
     entry = np.cumsum([isinstance(s, Scenario) for s in found]) - 1
     rejection = ["" if isinstance(found[k], Scenario) else str(found[k]) for k in scenario]
-    cells = _layouts(kinds, scenarios, entry[scenario], rejection)
+    columns = _layouts(frame, scenarios, entry[scenario], rejection)
     return Rows(
-        layouts=Layouts(**{axis: cells[axis] for axis in AXES}),
-        of_kind=cells["kind"],
-        scenario=cells["scenario"],
+        layouts=Layouts(**{axis: columns[axis] for axis in AXES}),
+        row=columns["row"],
+        scenario=columns["scenario"],
         setting=stack([(s.work, s.cluster, s.framework) for s in scenarios]),
         stack=[s.stack for s in scenarios],
-        kind=kind,
-        rejection=[rejection[k] for k in kind],
+        rejection=rejection,
     )
-
-
-def _alike(frame: pd.DataFrame, columns: Sequence[str]) -> tuple[IntColumn, IntColumn]:
-    """Numbers for the rows that agree in `columns`, and the first row of each number."""
-    number = np.asarray(frame.groupby(list(columns), dropna=False, sort=False).ngroup(), dtype=np.int64)
-    return number, np.unique(number, return_index=True)[1].astype(np.int64)
 
 
 def _with_gpus(frame: pd.DataFrame, facts: "_Facts") -> pd.DataFrame:
@@ -244,7 +247,8 @@ def _with_gpus(frame: pd.DataFrame, facts: "_Facts") -> pd.DataFrame:
     empty = pd.Series(np.nan, frame.index)
     unknown = frame.get("gpus", empty).isna() & frame.get("nodes", empty).isna()
     sizes = [numbers(frame, column) for column in ("tp", "pp", "cp", "dp")]
-    replicas = np.prod([np.where(np.isfinite(size), size, 1.0) for size in sizes], axis=0)
+    with np.errstate(over="ignore"):
+        replicas = np.prod([np.where(np.isfinite(size), size, 1.0) for size in sizes], axis=0)
     replicas = np.where((replicas >= 1) & (replicas <= _MOST), replicas, 1.0)
     per_node = {name: spec.gpus_per_node for name, spec in facts.gpus.items()}
     node = np.array([per_node.get(name.lower(), 1) for name in texts(frame, "gpu")])
@@ -258,6 +262,8 @@ def _with_gpus(frame: pd.DataFrame, facts: "_Facts") -> pd.DataFrame:
 def _number(row: Row, name: str) -> float | None:
     """A cell as a number; None where it is empty."""
     value = row.get(name)
+    if isinstance(value, float) and math.isfinite(value):
+        return value
     if _is_empty(value):
         return None
     try:
@@ -279,6 +285,7 @@ def _is_empty(value: object) -> bool:
 
 def _shown(value: object) -> str:
     """A cell in an error: in one line, and not the whole of a long one."""
+    value = value.item() if isinstance(value, np.generic) else value
     text = f"{value:.15g}" if isinstance(value, float) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
@@ -337,18 +344,19 @@ class _Facts:
     networks: Sequence[tuple[Sequence[str], Network]]
     models: _Families
 
-    def framework(self, text: str) -> Framework:
-        """The framework with the longest pattern that matches the text; the last one, of any text, where none does."""
-        text = text.lower()
-        return next(framework for pattern, framework in self.frameworks if pattern.match(text))
 
-    def links(self, gpu: GpuSpec, text: str) -> tuple[Link, Link]:
-        """Inside a node and across, as a published text says, or else as the GPU's usual machine has them."""
-        text = text.lower()
-        for words, network in self.networks:
-            if any(word in text for word in words):
-                return network.intra_node or gpu.intra_node, network.inter_node
-        return gpu.intra_node, gpu.inter_node
+@functools.lru_cache(maxsize=_TEXTS)
+def _framework(text: str) -> Framework:
+    """The framework with the longest pattern that matches the text; the last one, of any text, where none does."""
+    text = text.lower()
+    return next(framework for pattern, framework in _facts().frameworks if pattern.match(text))
+
+
+@functools.lru_cache(maxsize=_TEXTS)
+def _network(text: str) -> Network | None:
+    """The first network of which a word is in the text; None for the GPU's usual machine."""
+    text = text.lower()
+    return next((network for words, network in _facts().networks if any(word in text for word in words)), None)
 
 
 @functools.cache
@@ -377,14 +385,14 @@ def _scenario(row: Row, facts: _Facts) -> Scenario:
         known = {spec.name for spec in facts.gpus.values()}
         raise RowError(f"gpu: unknown GPU {_shown(name)}; {files.nearest(name.lower(), sorted(known))}")
     gpu = facts.gpus[name.lower()]
-    framework = facts.framework(f"{_word(row, 'framework')}; {_word(row, 'notes')}")
+    framework = _framework(f"{_word(row, 'framework')}; {_word(row, 'notes')}")
     shape = _shape(row, facts.models)
     nodes = _optional(row, "nodes")
     gpus = _count(row, "gpus", (nodes or 1) * gpu.gpus_per_node)
     if nodes is not None and nodes > gpus:
         raise RowError(f"nodes: {nodes} given, allowed is at most the {gpus} GPUs")
     per_node = gpus // nodes if nodes else min(gpus, gpu.gpus_per_node)
-    intra_node, inter_node = facts.links(gpu, _word(row, "interconnect"))
+    network = _network(_word(row, "interconnect"))
     precision = (_word(row, "precision_norm") or _word(row, "precision")).lower()
     if precision in ("", "unknown"):
         precision = gpu.default_precision
@@ -410,8 +418,8 @@ def _scenario(row: Row, facts: _Facts) -> Scenario:
         gpu=gpu,
         nodes=nodes or max(1, gpus // per_node),
         gpus_per_node=per_node,
-        intra_node=intra_node,
-        inter_node=inter_node,
+        intra_node=(network and network.intra_node) or gpu.intra_node,
+        inter_node=network.inter_node if network else gpu.inter_node,
         scheduler="slurm",
     )
     return Scenario(work=work, cluster=cluster, framework=framework)
@@ -540,7 +548,7 @@ _OF_SCENARIO: Mapping[str, Callable[[Scenario], int]] = {
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Entries:
-    """Columns of equal length that grow into layouts, several entries a kind where it is open; and why kinds have none.
+    """Columns of equal length that grow into layouts, several entries a row where it is open; and why rows have none.
 
     Cells of the table are `given_AXIS`, 0 where they are empty.
     """
@@ -555,18 +563,18 @@ class _Entries:
         self.columns[name] = column
 
     def keep(self, good: BoolColumn, reason: str) -> None:
-        """Drops the other entries. A kind that has none left is rejected; `reason` may name columns in braces."""
+        """Drops the other entries. A row that has none left is rejected; `reason` may name columns in braces."""
         if good.all():
             return
-        before, first = np.unique(self.columns["kind"], return_index=True)
-        lost = ~np.isin(before, self.columns["kind"][good])
-        for kind, i in zip(before[lost].tolist(), first[lost].tolist(), strict=True):
-            self.rejection[kind] = reason.format_map({name: column[i] for name, column in self.columns.items()})
+        before, first = np.unique(self["row"], return_index=True)
+        lost = ~np.isin(before, self["row"][good])
+        for row, i in zip(before[lost].tolist(), first[lost].tolist(), strict=True):
+            self.rejection[row] = reason.format_map({name: column[i] for name, column in self.columns.items()})
         self.columns = {name: column[good] for name, column in self.columns.items()}
 
     def each(self, axes: str | Sequence[str], options: Callable[..., Sequence[Any]], key: Sequence[str]) -> None:
         """Each entry once for each of the values of `axes` that `options` gives for its columns of `key`, in order."""
-        cells = np.column_stack([self.columns[name] for name in key])
+        cells = np.column_stack([self[name] for name in key])
         few, own = np.unique(cells, axis=0, return_inverse=True)
         values = [options(*row) for row in few.tolist()]
         count = np.array([len(v) for v in values], dtype=np.int64)
@@ -580,14 +588,14 @@ class _Entries:
 
 
 def _layouts(
-    kinds: pd.DataFrame, scenarios: Sequence[Scenario], entry: IntColumn, rejection: list[str]
+    frame: pd.DataFrame, scenarios: Sequence[Scenario], entry: IntColumn, rejection: list[str]
 ) -> Mapping[str, IntColumn]:
-    """The layouts that each kind can stand for, in the order of AXES; `entry` is each kind's scenario.
+    """The layouts that each row can stand for, in the order of AXES; `entry` is each row's scenario.
 
-    Fills in why a kind can have none.
+    Fills in why a row can have none.
     """
-    columns = {f"given_{name}": _counts(kinds, name, rejection) for name in _CUT}
-    columns |= {"mode": _modes(kinds, rejection), "kind": np.arange(len(kinds)), "scenario": entry}
+    columns = {f"given_{name}": _counts(frame, name, rejection) for name in _CUT}
+    columns |= {"mode": _modes(frame, rejection), "row": np.arange(len(frame)), "scenario": entry}
     known = np.array([not reason for reason in rejection], dtype=np.bool_)
     e = _Entries(columns={name: column[known] for name, column in columns.items()}, rejection=rejection)
     for name, number in _OF_SCENARIO.items():
@@ -652,23 +660,23 @@ def _recomputations(mode: int, recomputes: bool, flash: bool, layers: int) -> Se
     return [(Recompute.NONE, 0), (Recompute.UNIFORM, 1), *blocks, *([] if flash else [(Recompute.SELECTIVE, 0)])]
 
 
-def _counts(kinds: pd.DataFrame, name: str, rejection: list[str]) -> IntColumn:
-    """A column of whole numbers of 1 or more, 0 where a cell is empty; rejects kinds with other cells."""
-    cells = numbers(kinds, name).copy()  # pandas gives what cannot be written to
+def _counts(frame: pd.DataFrame, name: str, rejection: list[str]) -> IntColumn:
+    """A column of whole numbers of 1 or more, 0 where a cell is empty; rejects rows with other cells."""
+    cells = numbers(frame, name).copy()  # pandas gives what cannot be written to
     good = (cells >= 1) & (cells <= _MOST) & (cells == np.floor(cells))
-    for i in np.flatnonzero(~good & kinds[name].notna()).tolist() if name in kinds else ():
+    for i in np.flatnonzero(~good & frame[name].notna()).tolist() if name in frame else ():
         try:
-            cells[i] = _optional({name: kinds[name].iloc[i]}, name) or math.nan
+            cells[i] = _optional({name: frame[name].iloc[i]}, name) or math.nan
         except RowError as error:
             cells[i] = math.nan
             rejection[i] = rejection[i] or str(error)
     return np.nan_to_num(cells).astype(np.int64)
 
 
-def _modes(kinds: pd.DataFrame, rejection: list[str]) -> IntColumn:
-    """The modes of recomputation of a column of words, `_OPEN` where none is given; rejects kinds with other words."""
+def _modes(frame: pd.DataFrame, rejection: list[str]) -> IntColumn:
+    """The modes of recomputation of a column of words, `_OPEN` where none is given; rejects rows with other words."""
     modes = []
-    for i, text in enumerate(texts(kinds, "recompute")):
+    for i, text in enumerate(texts(frame, "recompute")):
         word = text.lower()
         mode = next((int(mode) for start, mode in _MODES.items() if word.startswith(start)), _OPEN)
         if mode == _OPEN and word not in ("", "unknown"):

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import tempfile
 import time
 import traceback
 import warnings
@@ -81,10 +82,17 @@ def _run(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
 
 def join(config: BaseConfig, place: Place) -> torch.device:
     """Opens this rank's device, joins the others, cuts the process group by the layout, and seeds the generators."""
+    _own_compiler_cache(place.local_rank)
     device = _open_device(config, place)
     _meet(config, place)
     divide(config)
     return device
+
+
+def _own_compiler_cache(local_rank: int) -> None:
+    """Ranks of a node compile the same kernels at once; they have been seen to load what another had half written."""
+    shared = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{shared}/rank-{local_rank}"
 
 
 def divide(config: BaseConfig) -> None:
