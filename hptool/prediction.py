@@ -47,8 +47,8 @@ class Ranked:
         """Print it in 80 columns."""
         plan, p = self.plan, self.plan.predictions
         table = Table(title=f"{plan.config.run.name} on {plan.nodes} × {plan.cluster.name}, predicted", box=None)
-        table.title_justify = "left"
-        table.add_column("#", justify="right")
+        table.title_justify, table.pad_edge, table.padding = "left", False, (0, 1, 0, 0)
+        table.add_column("#", justify="right", no_wrap=True)
         table.add_column("layout", no_wrap=True)
         for heading in ("step s", "80 % between", "TFLOPS/GPU", "GiB", "fits"):
             table.add_column(heading, justify="right", no_wrap=True)

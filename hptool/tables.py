@@ -4,6 +4,7 @@ A row gives what it knows; the rest is a stated default (`DEFAULTS`). A row that
 with the reason. The text columns `gpu`, `framework` and `interconnect` are looked up in `cluster/`.
 """
 
+import difflib
 import fnmatch
 import functools
 import io
@@ -382,8 +383,10 @@ def _attempt(row: Row, facts: _Facts) -> Scenario | str:
 def _scenario(row: Row, facts: _Facts) -> Scenario:
     name = _word(row, "gpu")
     if name.lower() not in facts.gpus:
-        known = {spec.name for spec in facts.gpus.values()}
-        raise RowError(f"gpu: unknown GPU {_shown(name)}; {files.nearest(name.lower(), sorted(known))}")
+        close = difflib.get_close_matches(name.lower(), facts.gpus, n=1)
+        known = ", ".join(sorted({spec.name for spec in facts.gpus.values()}))
+        hint = f"did you mean {close[0]}?" if close else f"allowed are {known}"
+        raise RowError(f"gpu: unknown GPU {_shown(name)}; {hint}")
     gpu = facts.gpus[name.lower()]
     framework = _framework(f"{_word(row, 'framework')}; {_word(row, 'notes')}")
     shape = _shape(row, facts.models)

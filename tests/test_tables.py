@@ -226,7 +226,7 @@ def test_dp_narrows_what_is_open() -> None:
 @pytest.mark.parametrize(
     ("cells", "said"),
     [
-        ({"gpu": "a100-8O"}, "gpu: unknown GPU 'a100-8O'; did you mean a100-80gb?"),
+        ({"gpu": "a100-8O"}, "gpu: unknown GPU 'a100-8O'; did you mean a100-80?"),
         ({"gpu": None}, "gpu: unknown GPU ''; allowed are a100-40gb, a100-80gb,"),
         ({"hidden": None}, "hidden: nothing given, allowed is a whole number of 1 or more"),
         ({"layers": 0}, "layers: 0 given, allowed is a whole number of 1 or more"),
