@@ -44,6 +44,9 @@ _MISFIT_SHARE = 0.8
 #: Residuals of more than so many misfits count less (Huber's weights): a run may have been disturbed.
 _OUTLIER = 1.0
 
+#: Threefold, as a logarithm: what no factor strays beyond, whatever a few odd runs say.
+_FARTHEST = 1.1
+
 _ITERATIONS = 20
 
 
@@ -99,7 +102,7 @@ class Calibration:
             weight = np.minimum(1.0, _OUTLIER * misfit / np.maximum(np.abs(off), 1e-12)) / misfit**2
             curvature = precision + slope.T @ (slope * weight[:, None])
             step = np.linalg.solve(curvature, slope.T @ (weight * off) - precision @ (mean - self.log_mean))
-            mean = mean + step
+            mean = np.clip(mean + step, -_FARTHEST, _FARTHEST)
             if np.max(np.abs(step)) < 1e-6:  # noqa: PLR2004 (a millionth of a factor)
                 break
         off = np.log(measured / (shares * np.exp(mean)).sum(axis=1))
