@@ -294,7 +294,7 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
         (f"tp does not divide the {heads} attention heads", heads % t.tp != 0),
         (f"tp does not divide the {groups} query groups", groups % t.tp != 0),
         (f"tp does not divide ffn_hidden_size {shape.ffn_hidden_size}", shape.ffn_hidden_size % t.tp != 0),
-        (f"tp reaches over a node of {work.gpus_per_node} GPUs", work.gpus_per_node % t.tp != 0),
+        (f"tp does not divide a node of {work.gpus_per_node} GPUs", work.gpus_per_node % t.tp != 0),
         (f"tp·pp·cp does not divide the {work.gpus} GPUs", work.gpus % t.gpus_per_replica != 0),
         (f"pp·vpp does not divide the {shape.num_layers} layers", shape.num_layers % (t.pp * t.vpp) != 0),
         (f"ep does not divide the {max(1, shape.num_experts)} experts", max(1, shape.num_experts) % t.ep != 0),

@@ -192,7 +192,8 @@ class Framework:
     adds it to the main gradient); `allocated_mib` are buffers whatever the model.
 
     The switches below stand for what a published table leaves out. The errors are relative standard deviations of
-    what was not fitted away: how far to trust a prediction that was not calibrated.
+    what was not fitted away: how far to trust a prediction that was not calibrated. Where nothing was `fitted`, most
+    of the error is one that calibration can take away.
     """
 
     name: str
@@ -232,6 +233,7 @@ class Framework:
     overlap_param_sync: bool
     step_time_error: float
     memory_error: float
+    fitted: bool = True
     aliases: tuple[str, ...] = ()
 
 

@@ -273,7 +273,9 @@ def _plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text or nothing: written aside, flushed to disk, renamed."""
+    """The whole text or nothing: written aside, flushed to disk, renamed. InputError in the place of no plain file."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is there, and no plain file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

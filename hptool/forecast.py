@@ -278,7 +278,8 @@ def _learn(
     calibrations: dict[tuple[str, str], Calibration] = {}
     for stack, among in _members([expected.stack[i] for i in known.tolist()]).items():
         of_stack = known[among]
-        prior = Calibration.prior(factors, float(error[of_stack[0]]))
+        fitted = bool(expected.setting.fitted[of_stack[0]])
+        prior = Calibration.prior(factors, float(error[of_stack[0]]), fitted=fitted)
         learned = prior.updated(shares[of_stack], measured[of_stack])
         calibrations[stack, ""] = learned
         for grid, inside in _members([grids[i] for i in of_stack.tolist()]).items():

@@ -65,6 +65,8 @@ class Ranked:
             )
         console.print(table)
         rejected = sum(r.count for r in plan.candidates.rejections)
+        if not p.likely_to_fit:
+            console.print("No layout is expected to fit: more nodes would help, or a smaller model.", style="bold")
         console.print(
             f"{len(p)} layouts can start, {p.likely_to_fit} of them are expected to fit into "
             f"{plan.cluster.gpu.memory_gib:g} GiB; {rejected} cannot start:"
@@ -145,6 +147,8 @@ def of_model(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
     for name in ("output", "calibrate"):
         if options[name] is not None:
             raise InputError(f"--{name}: is for a table of runs, not for --model")
+    if options["explain"] is not None and options["dry_run_memory"] is not None:
+        raise InputError("--explain: is for another run than --dry-run-memory")
     request = SearchRequest(
         model=options["model"], cluster=options["cluster"], nodes=options["nodes"], overrides=tuple(words)
     )
@@ -217,6 +221,13 @@ _MOST_REASONS = 30
 _LARGE, _MANY = 10**7, 20_000
 
 
+_LEGEND = (
+    "median, p90: of the error of tokens/s/GPU; bias: the median of predicted over measured, less one; in 80%: "
+    "measured inside their interval; memory: the median error; OOM, false: called unlikely to fit of those that ran "
+    "out of memory, and of those that ran."
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Predicted:
     """A table of runs with its predictions, and how good they are where something was measured."""
@@ -244,6 +255,8 @@ class Predicted:
             forecast.print_accuracy("Predicted against measured, by dataset", self.datasets, console)
         if self.grids:
             forecast.print_accuracy("Predicted against measured, by grid", self.grids, console)
+        if self.datasets:
+            console.print(_LEGEND)
         if self.output is not None:
             console.print(f"written: {self.output}", soft_wrap=True, markup=False)
 
@@ -262,12 +275,7 @@ class Predicted:
 
 def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Result:
     """Predict each row of the CSV that `words` names."""
-    if len(words) != 1 or "=" in words[0]:
-        given = " ".join(words) or "nothing"
-        raise InputError(f"predict: {given!r} given, allowed is the path of one CSV table, or --model and --cluster")
-    for name in ("explain", "dry_run_memory", "nodes", "framework"):
-        if options[name] is not None:
-            raise InputError(f"--{name.replace('_', '-')}: is for --model and --cluster, not for a table of runs")
+    _check_table(words, options)
     frame = _read(Path(words[0]), say)
     say(f"{len(frame)} rows of {words[0]}")
     expected = forecast.forecast(frame, say)
@@ -278,6 +286,8 @@ def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
         learned = forecast.learn(measured, say)
         if not learned.step_time and not learned.memory:
             raise InputError(f"{options['calibrate']}: no row has a measured step time, throughput or memory")
+        for stack in sorted({stack for stack, _ in learned.step_time} - set(expected.stack)):
+            say(f"{stack}: learned, but {words[0]} has no row of it")
         expected = forecast.calibrated(frame, expected, learned)
         factors = {stack: c.factors for (stack, grid), c in learned.step_time.items() if not grid}
     if options["output"] is not None:
@@ -293,6 +303,19 @@ def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
         grids=forecast.accuracy(frame, expected, "grid_id") if "grid_id" in frame else [],
         factors=factors,
     )
+
+
+def _check_table(words: Sequence[str], options: Mapping[str, Any]) -> None:
+    if len(words) != 1 or "=" in words[0]:
+        given = " ".join(words) or "nothing"
+        raise InputError(f"predict: {given!r} given, allowed is the path of one CSV table, or --model and --cluster")
+    for name in ("explain", "dry_run_memory", "nodes", "framework"):
+        if options[name] is not None:
+            raise InputError(f"--{name.replace('_', '-')}: is for --model and --cluster, not for a table of runs")
+    output: Path | None = options["output"]
+    for given in (words[0], options["calibrate"]):
+        if output is not None and given is not None and output.resolve() == Path(given).resolve():
+            raise InputError(f"--output: {output} given, allowed is another file than {given}, which would be lost")
 
 
 def _read(path: Path, say: Say) -> pd.DataFrame:

@@ -114,7 +114,7 @@ def test_every_layout_of_the_grid_is_either_legal_or_counted(
     ("layout", "reason"),
     [
         (Layout(tp=5), "attention heads"),
-        (Layout(tp=16), "reaches over a node"),
+        (Layout(tp=16), "does not divide a node"),
         (Layout(tp=8, pp=5), "does not divide the 1024 GPUs"),
         (Layout(tp=8, pp=64), "does not divide the 96 layers"),
         (Layout(tp=8, vpp=2), "needs pp > 1"),

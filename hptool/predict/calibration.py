@@ -32,9 +32,13 @@ MEMORY_FACTORS: Mapping[str, tuple[tuple[str, ...], float]] = {
     "fixed": (("framework_gib", "slack_gib", "reserved_gib"), 0.40),
 }
 
-#: The error of a prediction at which these deviations are meant: what is known better or worse varies accordingly.
+#: These deviations are for stacks that nobody has fitted. The less is wrong with a prediction, the smaller the part of
+#: it that factors explain: over published grids, with three runs of each learned, this predicts the others best.
 _USUAL_ERROR = 0.1
-_MOST_DOUBT = 1.0
+_SYSTEMATIC = 0.4
+
+#: What no factor explains on a stack that was not fitted: the scatter of published runs within a grid.
+_USUAL_MISFIT = 0.08
 
 #: How many measurements the prior of the misfit is worth, and what of the uncalibrated error is misfit: what no factor
 #: explains. Over published grids the scatter within a grid is some eight tenths of the error before calibration.
@@ -64,15 +68,21 @@ class Calibration:
     doubt: Column
 
     @classmethod
-    def prior(cls, factors: Mapping[str, tuple[tuple[str, ...], float]], error: float) -> "Calibration":
-        """Before any measurement; `error` is the relative error of what is not calibrated."""
+    def prior(
+        cls, factors: Mapping[str, tuple[tuple[str, ...], float]], error: float, *, fitted: bool
+    ) -> "Calibration":
+        """Before any measurement; `error` is the relative error of what is not calibrated, on a stack that was fitted.
+
+        What a fit has left is scatter for the most part, and moves no factor; where none was made, factors are free.
+        """
         deviations = np.array([deviation for _, deviation in factors.values()])
-        deviations *= min(error / _USUAL_ERROR, _MOST_DOUBT)
+        if fitted:
+            deviations *= min(1.0, _SYSTEMATIC * (error / _USUAL_ERROR) ** 2)
         return cls(
             names=tuple(factors),
             log_mean=np.zeros(len(deviations)),
             log_covariance=np.diag(deviations**2),
-            misfit=_MISFIT_SHARE * error,
+            misfit=_MISFIT_SHARE * error if fitted else _USUAL_MISFIT,
             doubt=deviations,
         )
 

@@ -120,6 +120,7 @@ class Setting:
     # How far to trust what is not calibrated: relative standard deviations.
     step_time_error: Column
     memory_error: Column
+    fitted: Column
 
     def __len__(self) -> int:
         return len(self.gbs)
@@ -220,4 +221,5 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "inter_latency_s": cluster.inter_node.latency_us * MICRO,
         "step_time_error": math.hypot(framework.step_time_error, doubt),
         "memory_error": math.hypot(framework.memory_error, doubt / 2),
+        "fitted": framework.fitted,
     }
