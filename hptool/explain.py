@@ -33,14 +33,20 @@ class Explanation:
         return self.predictions.layouts.row(0).name, self.predictions.layouts.row(1).name
 
 
-def explain(plan: Plan, text: str) -> Explanation:
-    """The layout that `text` names beside its rival: the best predicted, or the second where it is that one itself."""
+def named_layout(plan: Plan, text: str, option: str) -> Layout:
+    """The layout that an option names; InputError where it names none, or one that cannot start."""
     try:
         layout = Layout.parse(text)
     except ValueError as error:
-        raise InputError(f"--explain: {error}") from error
+        raise InputError(f"{option}: {error}") from error
     if reason := refusal(layout, plan.config.workload):
-        raise InputError(f"--explain: {layout.name} cannot start: {reason}")
+        raise InputError(f"{option}: {layout.name} cannot start: {reason}")
+    return layout
+
+
+def explain(plan: Plan, text: str) -> Explanation:
+    """The layout that `text` names beside its rival: the best predicted, or the second where it is that one itself."""
+    layout = named_layout(plan, text, "--explain")
     ranked = [plan.predictions.layouts.row(int(row)) for row in plan.predictions.ranking()[:2]]
     rival = next((other for other in ranked if other != layout), layout)
     setting = stack([(plan.config.workload, plan.cluster, plan.framework)])

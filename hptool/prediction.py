@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hptool import explain, files, forecast, tables
-from hptool.candidates import Layout, refusal
+from hptool.candidates import Layout
 from hptool.errors import InputError
 from hptool.forecast import Accuracy, Forecast
 from hptool.plan import Plan, SearchRequest, make_plan
@@ -161,12 +161,7 @@ def of_model(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
 
 
 def _traced(plan: Plan, text: str, say: Say) -> Traced:
-    try:
-        layout = Layout.parse(text)
-    except ValueError as error:
-        raise InputError(f"--dry-run-memory: {error}") from error
-    if reason := refusal(layout, plan.config.workload):
-        raise InputError(f"--dry-run-memory: {layout.name} cannot start: {reason}")
+    layout = explain.named_layout(plan, text, "--dry-run-memory")
     say(f"tracing the first and the last stage of {layout.name}")
     with tempfile.TemporaryDirectory(prefix="hptool-") as directory:
         config = Path(directory) / "config.yaml"
