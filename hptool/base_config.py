@@ -1,214 +1,18 @@
-"""NeMo-Megatron's training config as types, and what it means in hptool's words.
-
-The fields below are the keys of NeMo-Megatron's GPT YAML, under the same names, so that a config that works
-there reads here and the other way round. A key that the worker cannot honour is typed with the only values
-that it can: a wish is granted or refused by name, never ignored. Keys that only matter to NeMo itself
-(experiment manager, tokenizer, profiler) are kept and written back as they came.
-"""
+"""One training config: NeMo-Megatron's keys (`nemo_keys.py`), and what they mean in hptool's words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-import jinja2
-
 from hptool.candidates import Layout, Recompute, Workload
-from hptool.facts import VOCAB_DIVISOR, Cluster, ModelShape, Precision
-
-#: NeMo's (Lightning's) spellings of the precisions that the worker knows.
-PRECISIONS: Mapping[str | int, Precision] = {
-    "bf16": "bf16",
-    "bf16-mixed": "bf16",
-    32: "fp32",
-    "32": "fp32",
-    "32-true": "fp32",
-}
-
+from hptool.facts import ModelShape, Precision
+from hptool.nemo_keys import PRECISIONS, ModelSection, RunSection, StackSection, TrainerSection
 
 #: Entries of the GPT-2 BPE vocabulary, the tokenizer of NeMo's GPT-3 recipes (Radford et al. 2019).
 GPT2_VOCAB_SIZE = 50_257
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSection:
-    """`run`: what NeMo's launcher needs to know of the job."""
-
-    name: str
-    results_dir: str | None = None
-    time_limit: str | None = None
-    dependency: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainerSection:
-    """`trainer`: nodes, devices, precision and length of the training."""
-
-    num_nodes: int
-    devices: int
-    accelerator: Literal["gpu", "cpu"] = "gpu"
-    precision: Literal["bf16", "bf16-mixed", 32, "32", "32-true"] = "bf16"
-    logger: bool = False
-    enable_checkpointing: Literal[False] = False
-    use_distributed_sampler: bool = False
-    max_epochs: int | None = None
-    max_steps: int = 100
-    max_time: str | None = None
-    log_every_n_steps: int = 10
-    val_check_interval: int | float = 2000
-    limit_val_batches: int | float = 0
-    limit_test_batches: int | float = 0
-    accumulate_grad_batches: Literal[1] = 1
-    gradient_clip_val: float = 1.0
-    benchmark: bool = False
-    enable_model_summary: bool = False
-    num_sanity_val_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_nodes", "devices", "max_steps"):
-            if getattr(self, name) < 1:
-                msg = f"{name}: {getattr(self, name)} given, allowed is 1 or more"
-                raise ValueError(msg)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedSection:
-    """`model.optim.sched`: the learning-rate schedule."""
-
-    name: Literal["CosineAnnealing"] = "CosineAnnealing"
-    warmup_steps: int = 0
-    constant_steps: int = 0
-    min_lr: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptimSection:
-    """`model.optim`: Adam, sharded over the data-parallel ranks, and its overlaps."""
-
-    name: Literal["mcore_distributed_optim", "distributed_fused_adam"] = "mcore_distributed_optim"
-    lr: float
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    bucket_cap_mb: int = 125
-    overlap_grad_sync: bool = False
-    overlap_param_sync: bool = False
-    contiguous_grad_buffer: bool = True
-    contiguous_param_buffer: bool = True
-    sched: SchedSection = field(default_factory=SchedSection)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSection:
-    """`model.data`: a tokenised `.bin/.idx` set, or synthetic tokens where `data_prefix` is empty."""
-
-    seq_length: int
-    data_prefix: str | tuple[str | float, ...] | None = None
-    data_impl: Literal["mmap"] = "mmap"
-    splits_string: str = "99990,8,2"
-    skip_warmup: bool = True
-    num_workers: int = 2
-    dataloader_type: Literal["single"] = "single"
-    reset_position_ids: Literal[False] = False
-    reset_attention_mask: Literal[False] = False
-    eod_mask_loss: Literal[False] = False
-    index_mapping_dir: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSection:
-    """`model`: shape, layout, batch, recomputation, and the kernels to use."""
-
-    # batch and layout
-    micro_batch_size: int
-    global_batch_size: int
-    rampup_batch_size: None = None
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: Literal[1] = 1
-    sequence_parallel: bool = True
-    overlap_p2p_comm: bool = False
-    batch_p2p_comm: bool = True
-
-    # shape
-    encoder_seq_length: int
-    max_position_embeddings: int
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int | None = None
-    kv_channels: int | None = None
-    init_method_std: float = 0.02
-    use_scaled_init_method: bool = True
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    ffn_dropout: float = 0.0
-    apply_query_key_layer_scaling: bool = False
-    normalization: Literal["layernorm"] = "layernorm"
-    layernorm_epsilon: float = 1e-5
-    do_layer_norm_weight_decay: Literal[False] = False
-    make_vocab_size_divisible_by: int = VOCAB_DIVISOR
-    override_vocab_size: int | None = None
-    pre_process: Literal[True] = True
-    post_process: Literal[True] = True
-    persist_layer_norm: bool = True
-    bias: bool = True
-    activation: Literal["gelu"] = "gelu"
-    headscale: Literal[False] = False
-    transformer_block_type: Literal["pre_ln"] = "pre_ln"
-    openai_gelu: Literal[False] = False
-    normalize_attention_scores: Literal[True] = True
-    position_embedding_type: Literal["learned_absolute"] = "learned_absolute"
-    attention_type: Literal["multihead"] = "multihead"
-    share_embeddings_and_output_weights: bool = True
-
-    # recomputation
-    activations_checkpoint_granularity: Literal["selective", "full"] | None = None
-    activations_checkpoint_method: Literal["uniform", "block"] | None = None
-    activations_checkpoint_num_layers: int | None = None
-    num_micro_batches_with_partial_activation_checkpoints: Literal[0] | None = None
-    activations_checkpoint_layers_per_pipeline: Literal[0] | None = None
-
-    # kernels and numerics
-    mcore_gpt: Literal[True] = True
-    transformer_engine: bool = True
-    use_flash_attention: bool = True
-    fp8: Literal[False] = False
-    fp8_e4m3: Literal[False] = False
-    fp8_hybrid: Literal[False] = False
-    fp8_margin: int = 0
-    fp8_interval: int = 1
-    fp8_amax_history_len: int = 1024
-    fp8_amax_compute_algo: str = "max"
-    fp8_wgrad: bool = True
-    ub_tp_comm_overlap: Literal[False] = False
-    native_amp_init_scale: int = 4294967296
-    native_amp_growth_interval: int = 1000
-    hysteresis: int = 2
-    fp32_residual_connection: Literal[False] = False
-    fp16_lm_cross_entropy: Literal[False] = False
-    megatron_amp_O2: Literal[True] = True  # noqa: N815 (NeMo's key)
-    grad_allreduce_chunk_size_mb: int = 125
-    grad_div_ar_fusion: bool = True
-    gradient_accumulation_fusion: bool = False
-    bias_activation_fusion: bool = True
-    bias_dropout_add_fusion: bool = True
-    masked_softmax_fusion: bool = False
-    cross_entropy_loss_fusion: bool = False
-    gradient_as_bucket_view: bool = True
-    sync_batch_comm: bool = False
-    use_cpu_initialization: bool = False
-    onnx_safe: Literal[False] = False
-    apex_transformer_log_level: int = 30
-    gc_interval: int = 0
-    seed: int = 1234
-    resume_from_checkpoint: None = None
-    tokenizer: Mapping[str, Any] = field(default_factory=dict)
-    nsys_profile: Mapping[str, Any] = field(default_factory=dict)
-    optim: OptimSection
-    data: DataSection
+#: What T5 has in its stacks and not in `model`.
+_STACK_KEYS = tuple(f.name for f in fields(StackSection))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +23,10 @@ class BaseConfig:
     trainer: TrainerSection
     exp_manager: Mapping[str, Any] = field(default_factory=dict)
     model: ModelSection
+    name: str | None = None
+    restore_from_path: None = None
+    defaults: Any = None
+    hydra: Any = None
 
     def __post_init__(self) -> None:
         problems = _contradictions(self)
@@ -226,40 +34,76 @@ class BaseConfig:
             raise ValueError("\n".join(problems))
 
     @property
+    def stack(self) -> StackSection:
+        """The keys of the layers: the decoder's, which an encoder beside it shares but for its number of layers."""
+        return self.model.decoder or self.model
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """T5 and mT5."""
+        return self.model.decoder is not None
+
+    @property
+    def is_bert(self) -> bool:
+        """An encoder alone, trained on masked tokens."""
+        return self.model.bert_binary_head is not None
+
+    @property
     def shape(self) -> ModelShape:
         """The model's dimensions."""
-        model = self.model
+        model, stack = self.model, self.stack
+        layers, hidden, ffn, heads = (
+            _given(getattr(stack, name))
+            for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        )
+        encoder_layers = _given(model.encoder.num_layers) if model.encoder else 0
+        length = model.data.seq_length
         return ModelShape(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.ffn_hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_query_groups or model.num_attention_heads,
-            kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
-            seq_length=model.encoder_seq_length,
+            num_layers=layers,
+            hidden_size=hidden,
+            ffn_hidden_size=ffn,
+            num_attention_heads=heads,
+            num_query_groups=stack.num_query_groups or heads,
+            kv_channels=stack.kv_channels or hidden // heads,
+            seq_length=_given(model.data.seq_length_dec) if encoder_layers else length,
             max_position_embeddings=model.max_position_embeddings,
             vocab_size=model.override_vocab_size or GPT2_VOCAB_SIZE,
             tied_embeddings=model.share_embeddings_and_output_weights,
-            has_bias=model.bias,
+            has_bias=stack.bias,
+            has_qkv_bias=stack.bias if stack.qkv_bias is None else stack.qkv_bias,
+            gated_mlp=stack.is_gated,
+            rms_norm=stack.normalization == "rmsnorm",
+            causal=not self.is_bert,
+            learned_positions=stack.position_embedding_type == "learned_absolute",
+            num_experts=model.num_moe_experts or 0,
+            experts_per_token=model.moe_router_topk if model.num_moe_experts else 0,
+            expert_ffn_hidden_size=(model.moe_ffn_hidden_size or ffn) if model.num_moe_experts else 0,
+            shared_ffn_hidden_size=model.moe_shared_expert_intermediate_size or 0,
+            encoder_num_layers=encoder_layers,
+            encoder_seq_length=length if encoder_layers else 0,
+            has_mlm_head=self.is_bert,
+            has_binary_head=bool(model.bert_binary_head),
         )
 
     @property
     def layout(self) -> Layout:
         """How this config cuts the model."""
-        model = self.model
-        granularity = model.activations_checkpoint_granularity
-        if granularity == "full":
-            recompute = Recompute[(model.activations_checkpoint_method or "uniform").upper()]
-        else:
-            recompute = Recompute.SELECTIVE if granularity == "selective" else Recompute.NONE
+        model, stack = self.model, self.stack
+        granularity, layers = stack.activations_checkpoint_granularity, stack.activations_checkpoint_num_layers
+        recompute = Recompute.NONE
+        if granularity == "selective":
+            recompute = Recompute.SELECTIVE
+        elif granularity == "full" and layers != 0:  # NeMo's block method with 0 layers recomputes nothing
+            recompute = Recompute[(stack.activations_checkpoint_method or "uniform").upper()]
         return Layout(
             tp=model.tensor_model_parallel_size,
             pp=model.pipeline_model_parallel_size,
             vpp=model.virtual_pipeline_model_parallel_size or 1,
             cp=model.context_parallel_size,
+            ep=model.expert_model_parallel_size,
             mbs=model.micro_batch_size,
             recompute=recompute,
-            recompute_num_layers=(model.activations_checkpoint_num_layers or 1) if recompute.is_full else 0,
+            recompute_num_layers=(layers or 1) if recompute.is_full else 0,
         )
 
     @property
@@ -285,6 +129,7 @@ class BaseConfig:
     @property
     def workload(self) -> Workload:
         """What every layout of this config has to carry."""
+        stack = self.stack
         return Workload(
             shape=self.shape,
             gbs=self.model.global_batch_size,
@@ -292,168 +137,235 @@ class BaseConfig:
             gpus_per_node=self.trainer.devices,
             precision=self.precision,
             sequence_parallel=self.model.sequence_parallel,
-            flash_attention=self.model.use_flash_attention,
-            dropout=self.model.hidden_dropout > 0,
+            # ALiBi is a bias on the scores, which torch's flash kernels do not take.
+            flash_attention=self.model.use_flash_attention and not self.is_alibi,
+            dropout=stack.hidden_dropout > 0,
             overlap_grad_sync=self.model.optim.overlap_grad_sync,
             overlap_param_sync=self.model.optim.overlap_param_sync,
             vocab_divisor=self.model.make_vocab_size_divisible_by,
         )
 
+    @property
+    def is_alibi(self) -> bool:
+        """Positions are a bias on the attention scores (Press et al. 2021)."""
+        return self.stack.position_embedding_type.lower() == "alibi"
+
     def with_layout(self, layout: Layout) -> "BaseConfig":
         """The same training, cut as `layout`."""
-        recompute = layout.recompute
-        granularity: Literal["selective", "full"] | None = None
-        method: Literal["uniform", "block"] | None = None
-        if recompute is Recompute.SELECTIVE:
-            granularity = "selective"
-        elif recompute.is_full:
-            granularity = "full"
-            method = "block" if recompute is Recompute.BLOCK else "uniform"
         model = replace(
             self.model,
             tensor_model_parallel_size=layout.tp,
             pipeline_model_parallel_size=layout.pp,
             virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
             context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
             micro_batch_size=layout.mbs,
-            activations_checkpoint_granularity=granularity,
-            activations_checkpoint_method=method,
-            activations_checkpoint_num_layers=layout.recompute_num_layers if recompute.is_full else None,
             # Interleaving with batched sends computes garbage at PP=2, silently: both neighbours are one rank.
             overlap_p2p_comm=layout.vpp > 1 or self.model.overlap_p2p_comm,
             batch_p2p_comm=layout.vpp == 1 and self.model.batch_p2p_comm,
         )
+        recompute = _recompute_keys(layout)
+        if model.encoder is None or model.decoder is None:
+            return replace(self, model=replace(model, **recompute))
+        split = self._split_rank(layout.pp) if model.pipeline_model_parallel_split_rank is not None else None
+        model = replace(
+            model,
+            encoder=replace(model.encoder, **recompute),
+            decoder=replace(model.decoder, **recompute),
+            pipeline_model_parallel_split_rank=split,
+        )
         return replace(self, model=model)
 
+    def _split_rank(self, pp: int) -> int:
+        """The first stage of the decoder where the layers of both are spread evenly over `pp` stages."""
+        shape = self.shape
+        return pp * shape.encoder_num_layers // (shape.encoder_num_layers + shape.num_layers)
+
     def document(self) -> dict[str, Any]:
-        """The config as plain mappings, ready for YAML, keys in NeMo's order."""
-        return asdict(self)
+        """The config as plain mappings, ready for YAML, with the keys that its model has."""
+        document = asdict(self)
+        model = document["model"]
+        if self.is_encoder_decoder:
+            absent = [*_STACK_KEYS, "encoder_seq_length"]
+        else:
+            absent = ["encoder", "decoder", "seq_length", "pipeline_model_parallel_split_rank"]
+        for key in absent:
+            del model[key]
+        for key in ("name", "restore_from_path", "defaults", "hydra"):
+            if document[key] is None:
+                del document[key]
+        return document
+
+
+def _given(value: int | None) -> int:
+    assert value is not None  # noqa: S101 (`_contradictions` has seen to it)
+    return value
+
+
+def _recompute_keys(layout: Layout) -> dict[str, Any]:
+    """NeMo's keys of a layout's recomputation."""
+    recompute = layout.recompute
+    granularity: Literal["selective", "full"] | None = None
+    if recompute.is_full:
+        granularity = "full"
+    elif recompute is Recompute.SELECTIVE:
+        granularity = "selective"
+    return {
+        "activations_checkpoint_granularity": granularity,
+        "activations_checkpoint_method": recompute.name.lower() if recompute.is_full else None,
+        "activations_checkpoint_num_layers": layout.recompute_num_layers if recompute.is_full else None,
+    }
+
+
+class _Problems:
+    """Collects what is wrong with a config, one line a key."""
+
+    def __init__(self, config: BaseConfig) -> None:
+        self._config = config
+        self.lines: list[str] = []
+
+    def need(self, ok: bool, key: str, allowed: str) -> None:  # noqa: FBT001 (reads as a sentence)
+        """Notes the value at `key` unless it is `ok`."""
+        if not ok:
+            value: Any = self._config
+            for part in key.split("."):
+                value = getattr(value, part)
+            self.lines.append(f"{key}: {value!r} given, allowed is {allowed}")
 
 
 def _contradictions(config: BaseConfig) -> Sequence[str]:
     """Pairs of keys that cannot both hold. What depends on the layout is in `candidates.py`."""
     model = config.model
-    problems: list[str] = []
-
-    def need(ok: bool, key: str, allowed: str) -> None:  # noqa: FBT001 (reads as a sentence)
-        if not ok:
-            value: Any = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            problems.append(f"{key}: {value!r} given, allowed is {allowed}")
-
+    problems = _Problems(config)
+    need = problems.need
     positive = (
         "micro_batch_size global_batch_size tensor_model_parallel_size pipeline_model_parallel_size "
-        "context_parallel_size encoder_seq_length max_position_embeddings num_layers hidden_size "
-        "ffn_hidden_size num_attention_heads make_vocab_size_divisible_by"
+        "context_parallel_size expert_model_parallel_size max_position_embeddings make_vocab_size_divisible_by"
     )
     for name in positive.split():
         need(getattr(model, name) >= 1, f"model.{name}", "1 or more")
-    if problems:
-        return problems
+    need((model.encoder is None) == (model.decoder is None), "model.decoder", "given together with model.encoder")
+    if problems.lines:
+        return problems.lines
     vpp = model.virtual_pipeline_model_parallel_size
     need(vpp is None or vpp >= 1, "model.virtual_pipeline_model_parallel_size", "null, or 1 or more")
     need(config.run.name.isprintable(), "run.name", "one line of printable text")
     need(
-        model.data.seq_length == model.encoder_seq_length,
-        "model.data.seq_length",
-        f"the value of model.encoder_seq_length ({model.encoder_seq_length})",
+        model.precision is None or PRECISIONS.get(model.precision) == config.precision,
+        "model.precision",
+        f"null, or as trainer.precision ({config.trainer.precision})",
     )
-    need(
-        model.max_position_embeddings >= model.encoder_seq_length,
-        "model.max_position_embeddings",
-        f"at least model.encoder_seq_length ({model.encoder_seq_length})",
-    )
-    need(
-        model.kv_channels is not None or model.hidden_size % model.num_attention_heads == 0,
-        "model.num_attention_heads",
-        f"a divisor of model.hidden_size ({model.hidden_size}), or set model.kv_channels",
-    )
-    need(
-        model.num_attention_heads % (model.num_query_groups or 1) == 0,
-        "model.num_query_groups",
-        f"a divisor of model.num_attention_heads ({model.num_attention_heads})",
-    )
-    need(model.ffn_dropout == 0, "model.ffn_dropout", "0")
-    for name in ("hidden_dropout", "attention_dropout"):
-        need(0 <= getattr(model, name) < 1, f"model.{name}", "0 <= x < 1")
-    method, layers = model.activations_checkpoint_method, model.activations_checkpoint_num_layers
-    if model.activations_checkpoint_granularity == "full":
-        need(layers is None or layers >= 1, "model.activations_checkpoint_num_layers", "1 or more")
+    if model.encoder is not None and model.decoder is not None:
+        _check_encoder_decoder(model, model.encoder, model.decoder, problems)
     else:
-        need(
-            method is None,
-            "model.activations_checkpoint_method",
-            "null unless activations_checkpoint_granularity is full",
-        )
-        need(
-            not layers,
-            "model.activations_checkpoint_num_layers",
-            "null unless activations_checkpoint_granularity is full",
-        )
-    return problems
+        _check_lengths(model, problems)
+        _check_stack(model, "model", problems)
+        need(model.pipeline_model_parallel_split_rank is None, "model.pipeline_model_parallel_split_rank", "null")
+    _check_experts(config, problems)
+    if config.is_bert:
+        need(model.position_embedding_type == "learned_absolute", "model.position_embedding_type", "learned_absolute")
+        need(model.num_moe_experts is None, "model.num_moe_experts", "null with BERT")
+    return problems.lines
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preset:
-    """What tells one size of a family from the next; the family's template holds the rest."""
+def _check_encoder_decoder(
+    model: ModelSection, encoder: StackSection, decoder: StackSection, problems: _Problems
+) -> None:
+    need = problems.need
+    empty = StackSection()
+    for name in _STACK_KEYS:
+        if getattr(model, name) != getattr(empty, name):
+            problems.lines.append(
+                f"model.{name}: {getattr(model, name)!r} given, allowed is nothing here: "
+                "T5 has it in model.encoder and model.decoder"
+            )
+        if name not in ("num_layers", "activations_checkpoint_num_layers"):
+            same = getattr(encoder, name) == getattr(decoder, name)
+            need(same, f"model.encoder.{name}", f"as model.decoder.{name} ({getattr(decoder, name)!r})")
+    for part, stack in (("model.encoder", encoder), ("model.decoder", decoder)):
+        _check_stack(stack, part, problems)
+        need(stack.position_embedding_type == "learned_absolute", f"{part}.position_embedding_type", "learned_absolute")
+    length, decoder_length = model.data.seq_length, model.data.seq_length_dec
+    need(decoder_length is not None and decoder_length >= 1, "model.data.seq_length_dec", "1 or more")
+    need(model.seq_length in (None, length), "model.seq_length", f"the value of model.data.seq_length ({length})")
+    need(model.encoder_seq_length is None, "model.encoder_seq_length", "null with T5, which has model.data.seq_length")
+    longest = max(length, decoder_length or 0)
+    need(model.max_position_embeddings >= longest, "model.max_position_embeddings", f"at least {longest}")
+    if not problems.lines:
+        # What stands there need not suit this layout's pipeline: `with_layout` sets it anew.
+        split, pp = model.pipeline_model_parallel_split_rank, model.pipeline_model_parallel_size
+        even = pp * _given(encoder.num_layers) // (_given(encoder.num_layers) + _given(decoder.num_layers))
+        need(split in (None, 0, even), "model.pipeline_model_parallel_split_rank", f"null or {even}")
+    need(model.num_moe_experts is None, "model.num_moe_experts", "null with T5")
+    need(model.share_embeddings_and_output_weights, "model.share_embeddings_and_output_weights", "true with T5")
 
-    family: str
-    name: str
-    source: str
-    num_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    ffn_hidden_size: int
-    seq_length: int
-    vocab_size: int
-    global_batch_size: int
-    lr: float
-    tokens: int
-    time_limit_days: float
 
-
-#: Parts of the steps spent warming up and at the final rate; `formulas.yaml` of the predecessor, base_config.py:596.
-_WARMUP_FRACTION = 0.0015
-_CONSTANT_FRACTION = 0.166
-
-#: How long before the job's end the trainer stops, to leave by itself.
-_MARGIN = timedelta(minutes=30)
-
-
-def render(template: str, preset: Preset, cluster: Cluster, num_nodes: int) -> str:
-    """The preset's config for `num_nodes` nodes of `cluster` as commented YAML, with the layout still to be chosen."""
-    limit = timedelta(days=preset.time_limit_days)
-    max_steps = max(1, preset.tokens // (preset.seq_length * preset.global_batch_size))
-    environment = jinja2.Environment(  # noqa: S701 (YAML of our own numbers, no HTML)
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+def _check_lengths(model: ModelSection, problems: _Problems) -> None:
+    need, length = problems.need, model.encoder_seq_length
+    need(length is not None and length >= 1, "model.encoder_seq_length", "1 or more")
+    need(model.seq_length is None, "model.seq_length", "null but for T5")
+    need(model.data.seq_length_dec is None, "model.data.seq_length_dec", "null but for T5")
+    need(
+        model.data.seq_length == length,
+        "model.data.seq_length",
+        f"the value of model.encoder_seq_length ({length})",
     )
-    return environment.from_string(template).render(
-        preset=preset,
-        cluster=cluster,
-        num_nodes=num_nodes,
-        max_steps=max_steps,
-        time_limit=_slurm_time(limit),
-        max_time=lightning_time(max(limit - _MARGIN, limit / 2)),
-        init_method_std=round(0.64 / preset.hidden_size**0.5, 6),
-        warmup_steps=int(_WARMUP_FRACTION * max_steps),
-        constant_steps=int(_CONSTANT_FRACTION * max_steps),
-        min_lr=round(0.1 * preset.lr, 8),
+    # Rotary positions and ALiBi have no table that could be too short, but NeMo's meaning is the same.
+    need(
+        length is None or model.max_position_embeddings >= length,
+        "model.max_position_embeddings",
+        f"at least model.encoder_seq_length ({length})",
     )
 
 
-def _clock(span: timedelta) -> tuple[int, int, int, int]:
-    minutes, seconds = divmod(int(span.total_seconds()), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    return days, hours, minutes, seconds
+def _check_stack(stack: StackSection, part: str, problems: _Problems) -> None:
+    need = problems.need
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+    for name in sizes:
+        value = getattr(stack, name)
+        if value is None:
+            problems.lines.append(f"{part}.{name}: required key is missing")
+        else:
+            need(value >= 1, f"{part}.{name}", "1 or more")
+    if any((getattr(stack, name) or 0) < 1 for name in sizes):
+        return
+    hidden, heads = _given(stack.hidden_size), _given(stack.num_attention_heads)
+    need(
+        stack.kv_channels is not None or hidden % heads == 0,
+        f"{part}.num_attention_heads",
+        f"a divisor of {part}.hidden_size ({hidden}), or set {part}.kv_channels",
+    )
+    need(
+        heads % (stack.num_query_groups or 1) == 0,
+        f"{part}.num_query_groups",
+        f"a divisor of {part}.num_attention_heads ({heads})",
+    )
+    need(stack.ffn_dropout == 0, f"{part}.ffn_dropout", "0")
+    for name in ("hidden_dropout", "attention_dropout"):
+        need(0 <= getattr(stack, name) < 1, f"{part}.{name}", "0 <= x < 1")
+    need(0 < stack.rotary_percentage <= 1, f"{part}.rotary_percentage", "0 < x <= 1")
+    need(stack.qkv_bias is not False or not stack.bias, f"{part}.qkv_bias", f"null or true where {part}.bias is true")
+    method, layers = stack.activations_checkpoint_method, stack.activations_checkpoint_num_layers
+    if stack.activations_checkpoint_granularity == "full":
+        fewest = 0 if method == "block" else 1
+        need(layers is None or layers >= fewest, f"{part}.activations_checkpoint_num_layers", f"{fewest} or more")
+        return
+    only_full = "null unless activations_checkpoint_granularity is full"
+    # NeMo's own recipes for Llama 2 name a method for 0 layers.
+    need(method is None or layers == 0, f"{part}.activations_checkpoint_method", only_full)
+    need(not layers, f"{part}.activations_checkpoint_num_layers", only_full)
 
 
-def _slurm_time(span: timedelta) -> str:
-    """As sbatch reads it: D-HH:MM:SS."""
-    return "{}-{:02}:{:02}:{:02}".format(*_clock(span))
-
-
-def lightning_time(span: timedelta) -> str:
-    """As Lightning's trainer reads it: DD:HH:MM:SS."""
-    return "{:02}:{:02}:{:02}:{:02}".format(*_clock(span))
+def _check_experts(config: BaseConfig, problems: _Problems) -> None:
+    model, need = config.model, problems.need
+    experts = model.num_moe_experts
+    if experts is None:
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+            need(getattr(model, name) is None, f"model.{name}", "null without model.num_moe_experts")
+        need(model.expert_model_parallel_size == 1, "model.expert_model_parallel_size", "1 without experts")
+        return
+    need(experts >= 1, "model.num_moe_experts", "null, or 1 or more")
+    need(1 <= model.moe_router_topk <= experts, "model.moe_router_topk", f"1 to {experts}")
+    for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        value = getattr(model, name)
+        need(value is None or value >= 1, f"model.{name}", "null, or 1 or more")

@@ -242,7 +242,9 @@ class ModelShape:
     """The dimensions of a transformer, in Megatron-core's words.
 
     `num_layers`, `seq_length` and `vocab_size` are the decoder's; an encoder beside it (T5) has its own layers and
-    sequence. Of the layers, the first `num_dense_layers` have a plain MLP where the others have experts.
+    sequence. Of the layers, the first `num_dense_layers` have a plain MLP where the others have experts. Queries, keys
+    and values may have biases where nothing else has. BERT ends in a head for masked tokens, and with a binary head
+    in one that tells whether its two segments follow each other.
     """
 
     num_layers: int
@@ -267,6 +269,9 @@ class ModelShape:
     num_dense_layers: int = 0
     encoder_num_layers: int = 0
     encoder_seq_length: int = 0
+    has_qkv_bias: bool = False
+    has_mlm_head: bool = False
+    has_binary_head: bool = False
 
     @property
     def attention_width(self) -> int:
@@ -305,8 +310,9 @@ class ModelShape:
     @property
     def attention_layer_parameters(self) -> int:
         """All parameters of one attention: weights and biases."""
-        biases = self.attention_width + 2 * self.kv_width + self.hidden_size
-        return self.attention_parameters + self.has_bias * biases
+        inputs = self.attention_width + 2 * self.kv_width
+        biases = (self.has_bias or self.has_qkv_bias) * inputs + self.has_bias * self.hidden_size
+        return self.attention_parameters + biases
 
     @property
     def layer_matmul_parameters(self) -> int:
@@ -339,7 +345,20 @@ class ModelShape:
             total += self.num_expert_layers * (routed - mlp)
         embeddings = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
         positions = self.max_position_embeddings * hidden if self.learned_positions else 0
-        return total + embeddings + positions + self.norm_parameters
+        return total + embeddings + positions + self.norm_parameters + self.head_parameters
+
+    @property
+    def pipeline_layers(self) -> int:
+        """Layers that a pipeline is cut from, the encoder's first."""
+        return self.encoder_num_layers + self.num_layers
+
+    @property
+    def head_parameters(self) -> int:
+        """BERT's heads: a projection, a norm and a bias for each word; a pooler, two segments and their embeddings."""
+        hidden = self.hidden_size
+        mlm = hidden * hidden + hidden + self.norm_parameters + self.vocab_size
+        binary = hidden * hidden + hidden + 2 * hidden + 2 + 2 * hidden
+        return self.has_mlm_head * mlm + self.has_binary_head * binary
 
     def padded_vocab_size(self, tp: int, divisor: int = VOCAB_DIVISOR) -> int:
         """The vocabulary that a model with this TP really holds (Megatron pads to divisor·TP)."""

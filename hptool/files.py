@@ -6,6 +6,7 @@ mistakes of a file at once: `file: key: what was given, what is allowed`.
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -84,6 +85,12 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(read_text(path), str(path))
 
 
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What checks values of `kind`; making one takes longer than reading a file with it."""
+    return TypeAdapter(kind)
+
+
 def parse(document: Any, kind: type[T], source: str) -> T:
     """`document` (mappings, lists, scalars) as the frozen dataclass `kind`; `source` names it in errors."""
     if not isinstance(document, Mapping):
@@ -94,7 +101,7 @@ def parse(document: Any, kind: type[T], source: str) -> T:
     ]
     try:
         # Through JSON, because only there does strict mode take a list for a tuple.
-        value = TypeAdapter(kind).validate_json(json.dumps(document, default=str), strict=True)
+        value: T = _adapter(kind).validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
         problems += [f"{source}: {line}" for line in _validation_lines(error)]
         raise InputError(*dict.fromkeys(problems)) from error
@@ -111,7 +118,7 @@ def read(path: Path, kind: type[T]) -> T:
 def parse_json(text: str, kind: Any, source: str) -> Any:
     """JSON text as `kind` (a dataclass or a union of them); InputError where it does not fit."""
     try:
-        return TypeAdapter(kind).validate_json(text)
+        return _adapter(kind).validate_json(text)
     except ValidationError as error:
         raise InputError(*(f"{source}: {line}" for line in _validation_lines(error))) from error
 
@@ -194,16 +201,23 @@ def read_gpu(name: str, source: str) -> GpuSpec:
 
 def read_frameworks() -> dict[str, Framework]:
     """All frameworks of `cluster/frameworks/` by name; one that is `like` another gives what differs alone."""
-    directory = data_directory("cluster") / "frameworks"
-    return {path.stem: parse(_like(path), Framework, str(path)) for path in sorted(directory.glob("*.yaml"))}
+    return {name: _framework(path) for name, path in _framework_files().items()}
 
 
 def read_framework(name: str) -> Framework:
     """The framework of that name from `cluster/frameworks/`."""
-    known = read_frameworks()
+    known = _framework_files()
     if name not in known:
         raise InputError(f"--framework: unknown framework {name!r}; {nearest(name, sorted(known))}")
-    return known[name]
+    return _framework(known[name])
+
+
+def _framework_files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((data_directory("cluster") / "frameworks").glob("*.yaml"))}
+
+
+def _framework(path: Path) -> Framework:
+    return parse(_like(path), Framework, str(path))
 
 
 def _like(path: Path) -> dict[str, Any]:

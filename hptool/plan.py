@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from hptool import __version__, files
-from hptool.base_config import BaseConfig, Preset, lightning_time, render
+from hptool.base_config import BaseConfig
 from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enumerate_layouts
 from hptool.errors import InputError, NoFeasibleLayout
 from hptool.facts import Cluster, Framework
 from hptool.predict import Predictions, predict, stack
+from hptool.presets import Preset, lightning_time, render
 from hptool.worker.refusals import refuse_impossible
 
 #: What a search measures, and so predicts: `cluster/frameworks/hptool-worker.yaml`.
@@ -95,8 +96,11 @@ def _revision() -> str | None:
     return done.stdout.strip() or None
 
 
-def make_plan(request: SearchRequest, framework_name: str | None = None) -> Plan:
-    """Read, check, enumerate and predict; writes nothing. Predicts hptool's own worker unless another is named."""
+def make_plan(request: SearchRequest, framework_name: str | None = None, cluster: Cluster | None = None) -> Plan:
+    """Read, check, enumerate and predict; writes nothing. Predicts hptool's own worker unless another is named.
+
+    A `cluster` that is given stands in the place of the profile that the request names.
+    """
     for name in ("limit_search_runs", "max_minutes_per_run"):
         if getattr(request, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')}: {getattr(request, name)} given, allowed is more than 0")
@@ -104,7 +108,7 @@ def make_plan(request: SearchRequest, framework_name: str | None = None) -> Plan
         raise InputError(f"--max-steps-per-run: {request.max_steps_per_run} given, allowed is 2 or more")
     if request.results is not None and not str(request.results).isprintable():
         raise InputError(f"--results: {str(request.results)!r} given, allowed is a path of printable text")
-    cluster = files.read_cluster(request.cluster)
+    cluster = cluster or files.read_cluster(request.cluster)
     nodes = request.nodes if request.nodes is not None else cluster.nodes
     if not 1 <= nodes <= cluster.nodes:
         raise InputError(f"--nodes: {nodes} given, allowed is 1 to {cluster.nodes} ({request.cluster})")

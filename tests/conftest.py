@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from hptool import files
-from hptool.base_config import BaseConfig, Preset, render
+from hptool.base_config import BaseConfig
 from hptool.facts import Cluster
+from hptool.presets import Preset, render
 
 ROOT = Path(__file__).resolve().parents[1]
 

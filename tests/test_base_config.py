@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from syrupy.assertion import SnapshotAssertion
 
 from hptool import files
-from hptool.base_config import BaseConfig, Preset, render
+from hptool.base_config import BaseConfig
 from hptool.candidates import Layout, Recompute, refusal
 from hptool.errors import InputError
 from hptool.facts import Cluster
+from hptool.presets import Preset, render
 from tests.conftest import preset_config
 from tests.test_facts import PRESETS, PROFILES
 
@@ -78,7 +79,7 @@ def test_no_virtual_pipeline_survives_a_layout_without_one(local: Cluster) -> No
         ({"model__num_layers": "0"}, "model.num_layers: 0 given, allowed is 1 or more"),
         ({"model__hiden_size": "128"}, "model.hiden_size: unknown key; did you mean hidden_size?"),
         ({"model__fp8": "true"}, "model.fp8: True given, allowed is False"),
-        ({"model__normalization": "rmsnorm"}, "allowed is 'layernorm'"),
+        ({"model__normalization": "batchnorm"}, "allowed is 'layernorm' or 'rmsnorm'"),
         ({"trainer__precision": "fp64"}, "trainer.precision: 'fp64' given, allowed is 'bf16'"),
         ({"model__data__seq_length": "64"}, "model.data.seq_length: 64 given, allowed is the value of model.encoder"),
         ({"model__num_attention_heads": "7"}, "a divisor of model.hidden_size (128)"),

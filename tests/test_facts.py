@@ -3,8 +3,8 @@
 import pytest
 
 from hptool import files
-from hptool.base_config import Preset
 from hptool.facts import GpuSpec, ModelShape
+from hptool.presets import Preset
 from tests.conftest import preset_config
 
 GPUS = sorted(p.stem for p in (files.data_directory("cluster") / "gpus").glob("*.yaml"))

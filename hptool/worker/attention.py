@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 class SdpaAttention(torch.nn.Module):
     """Causal self-attention of one layer, in place of `DotProductAttention`.
 
-    With context parallelism each rank holds two chunks of the sequence (see `data.zigzag`); keys and values of all
+    With context parallelism each rank holds two chunks of the sequence (see `batches.zigzag`); keys and values of all
     ranks are gathered, and each chunk of queries attends to what comes before it.
 
     `apply_query_key_layer_scaling` has no effect: Megatron divides the scores by the layer's number and multiplies

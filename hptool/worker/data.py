@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
-from megatron.core import parallel_state
 from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
 from numpy.typing import NDArray
 
-from hptool.base_config import BaseConfig, DataSection
+from hptool.base_config import BaseConfig
 from hptool.errors import InputError
+from hptool.nemo_keys import DataSection
 
 Tokens = NDArray[np.int64]
 
@@ -90,15 +89,6 @@ class BlendedSamples:
         return self._sets[min(which, len(self._sets) - 1)].sample(number)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Microbatch:
-    """A rank's part of `mbs` samples, each tensor [mbs, seq_length / cp]."""
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-
-
 def samples_of(config: BaseConfig) -> Samples:
     """What the config trains on. InputError where its files are missing or too small."""
     data, seed = config.model.data, config.model.seed
@@ -112,42 +102,6 @@ def samples_of(config: BaseConfig) -> Samples:
         for _, prefix in weighted
     ]
     return sets[0] if len(sets) == 1 else BlendedSamples(sets, [weight for weight, _ in weighted])
-
-
-def microbatches(config: BaseConfig, samples: Samples, step: int, device: torch.device) -> list[Microbatch]:
-    """All that this rank reads in a step."""
-    rank = parallel_state.get_data_parallel_rank()
-    gbs, mbs = config.model.global_batch_size, config.model.micro_batch_size
-    batch = []
-    for i in range(config.num_microbatches):
-        first = step * gbs + (i * config.dp + rank) * mbs
-        rows = np.stack([samples.sample(first + j) for j in range(mbs)])
-        if rows.max() >= config.shape.vocab_size:
-            raise InputError(
-                f"model.override_vocab_size: {config.shape.vocab_size} given, "
-                f"but model.data.data_prefix holds the token {rows.max()}"
-            )
-        batch.append(_microbatch(torch.from_numpy(rows), device))
-    return batch
-
-
-def zigzag(x: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """The columns of a context-parallel rank: of 2·size chunks the one at `rank` and its mirror image.
-
-    So every rank has as much to attend to as every other, although the mask is causal.
-    """
-    chunks = x.chunk(2 * size, dim=1)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
-
-
-def _microbatch(rows: torch.Tensor, device: torch.device) -> Microbatch:
-    positions = torch.arange(rows.size(1) - 1).expand(rows.size(0), -1)
-    parts = [rows[:, :-1], rows[:, 1:], positions]
-    size = parallel_state.get_context_parallel_world_size()
-    if size > 1:
-        parts = [zigzag(part, parallel_state.get_context_parallel_rank(), size) for part in parts]
-    tokens, labels, positions = (part.contiguous().to(device) for part in parts)
-    return Microbatch(tokens=tokens, labels=labels, positions=positions)
 
 
 def _weighted_prefixes(data: DataSection) -> list[tuple[float, str]]:

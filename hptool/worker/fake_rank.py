@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.worker import attention, cpu
-from hptool.worker.data import Microbatch
+from hptool.worker.batches import Microbatch
 from hptool.worker.rank import divide
 from hptool.worker.training import Training
 

@@ -9,7 +9,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hptool.base_config import BaseConfig, OptimSection
+from hptool.base_config import BaseConfig
+from hptool.nemo_keys import OptimSection
 from hptool.units import MIB
 
 #: Gradients are added up and reduced in fp32 (`megatron_amp_O2`).
@@ -82,10 +83,16 @@ def set_learning_rate(optimizer: MegatronOptimizer, value: float) -> None:
 
 
 def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
-    """Linear warm-up, then a cosine down to `min_lr`, which the last `constant_steps` keep (NeMo's CosineAnnealing)."""
+    """Linear warm-up, then the schedule, as NeMo computes both.
+
+    CosineAnnealing falls to `min_lr`, which the last `constant_steps` keep; WarmupAnnealing falls in a line to zero.
+    """
     sched = optim.sched
-    if step < sched.warmup_steps:
-        return optim.lr * (step + 1) / (sched.warmup_steps + 1)
-    falling = max_steps - sched.constant_steps - sched.warmup_steps
-    progress = min(1.0, (step - sched.warmup_steps) / falling) if falling > 0 else 1.0
+    warmup = sched.steps_of_warmup(max_steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / (warmup + 1)
+    if sched.name == "WarmupAnnealing":
+        return optim.lr * max(0.0, max_steps - step) / max(1, max_steps - warmup)
+    falling = max_steps - sched.constant_steps - warmup
+    progress = min(1.0, (step - warmup) / falling) if falling > 0 else 1.0
     return sched.min_lr + (optim.lr - sched.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -103,6 +103,7 @@ def divide(config: BaseConfig) -> None:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         create_gloo_process_groups=False,
     )
     seed = config.model.seed + _SEED_STRIDE * parallel_state.get_pipeline_model_parallel_rank()

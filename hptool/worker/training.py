@@ -6,15 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from hptool.base_config import BaseConfig
-from hptool.worker import data, initialise, model, optimizer
-from hptool.worker.data import Microbatch
-
-#: What the schedule wants of a forward pass: the output, and the loss of it (to differentiate, to report).
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+from hptool.worker import batches, data, initialise, model, optimizer
+from hptool.worker.batches import LossFunction, Microbatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +49,7 @@ class Training:
         The samples are on the device before the clock starts; a barrier starts it on all ranks at once.
         """
         config = self._config
-        batch = data.microbatches(config, self._samples, step, self._device)
+        batch = batches.microbatches(config, self._samples, step, self._device)
         rate = optimizer.learning_rate(config.model.optim, step, config.trainer.max_steps)
         optimizer.set_learning_rate(self.optimizer, rate)
         torch.distributed.barrier()
@@ -80,7 +76,7 @@ class Training:
             data_iterator=iter(batch) if one else [iter(batch) for _ in self.chunks],
             model=self.chunks[0] if one else self.chunks,
             num_microbatches=config.num_microbatches,
-            seq_length=config.shape.seq_length,
+            seq_length=batches.schedule_length(config),
             micro_batch_size=config.model.micro_batch_size,
             forward_only=False,
         )
@@ -89,12 +85,11 @@ class Training:
             gc.collect()
         return losses
 
-    def forward(self, batches: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
-        """The output of one chunk for the next of the batches, and the loss of it."""
-        batch = next(batches)
+    def forward(self, waiting: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, LossFunction]:
+        """The output of one chunk for the next of the waiting microbatches, and the loss of it."""
+        batch = next(waiting)
         self._beat()
-        # No mask: the attention is causal by itself.
-        return chunk(batch.tokens, batch.positions, None, labels=batch.labels), _loss
+        return batches.forward(batch, chunk)
 
     def _agree(self, losses: list[torch.Tensor], own_time: float) -> StepReport:
         """The same report on every rank: the mean of the last stage's losses, the longest time."""
@@ -109,12 +104,3 @@ class Training:
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean over this rank's tokens, to differentiate and to report; every token counts.
-
-    The schedule multiplies the first by CP, and the reduction divides by DP·CP: together the mean over the batch.
-    """
-    mean = output.float().mean()
-    return mean / parallel_state.get_context_parallel_world_size(), mean.detach()

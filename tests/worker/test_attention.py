@@ -56,7 +56,7 @@ def context_parallel_differences(config: BaseConfig) -> list[float]:
     from megatron.core.transformer.enums import AttnMaskType  # noqa: PLC0415 (heavy)
 
     from hptool.worker.attention import SdpaAttention  # noqa: PLC0415 (heavy)
-    from hptool.worker.data import zigzag  # noqa: PLC0415 (heavy)
+    from hptool.worker.batches import zigzag  # noqa: PLC0415 (heavy)
     from hptool.worker.model import transformer_config  # noqa: PLC0415 (heavy)
 
     shape = config.shape

@@ -17,9 +17,9 @@ def batch(config: BaseConfig, step: int) -> list[dict[str, Any]]:
     """What one rank reads in a step."""
     import torch  # noqa: PLC0415 (heavy)
 
-    from hptool.worker import data  # noqa: PLC0415 (heavy)
+    from hptool.worker import batches, data  # noqa: PLC0415 (heavy)
 
-    read = data.microbatches(config, data.samples_of(config), step, torch.device("cpu"))
+    read = batches.microbatches(config, data.samples_of(config), step, torch.device("cpu"))
     return [{"tokens": x.tokens.tolist(), "labels": x.labels.tolist(), "positions": x.positions.tolist()} for x in read]
 
 

@@ -15,12 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 from hptool import files
-from hptool.base_config import BaseConfig, Preset
+from hptool.base_config import BaseConfig
 from hptool.candidates import Layout, Layouts, Recompute
 from hptool.errors import InputError
 from hptool.predict import stack
 from hptool.predict.memory import layer_activation_bytes, rank_parameters, stage_memory
 from hptool.predict.parallel import Table
+from hptool.presets import Preset
 from hptool.units import GIB
 from hptool.worker import initialise
 from hptool.worker.dry_run import DryRun, dry_run, main

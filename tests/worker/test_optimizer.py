@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hptool.base_config import OptimSection, SchedSection
+from hptool.nemo_keys import OptimSection, SchedSection
 from tests.worker.runs import on_ranks, tiny_config
 
 
