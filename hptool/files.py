@@ -33,6 +33,8 @@ class _Loader(yaml.CSafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (yaml's signature)
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, below which keys may stand again
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str | int | float | bool | None):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
@@ -89,6 +91,40 @@ def read_yaml(path: Path) -> Any:
 def _adapter(kind: Any) -> TypeAdapter[Any]:
     """What checks values of `kind`; making one takes longer than reading a file with it."""
     return TypeAdapter(kind)
+
+
+def read_config_yaml(path: Path) -> Any:
+    """A training config: as `read_yaml`, with the interpolations that NeMo's configs have worked out.
+
+    `${.hidden_size}`, `${model.num_layers}`, `${training.model.num_layers}` (as from the launcher's root) and
+    `${multiply:4, ${.hidden_size}}`. What they cannot reach, such as `${data_dir}`, stays as it is written.
+    """
+    document = read_yaml(path)
+    return _interpolated(document) if "${" in json.dumps(document, default=str) else document
+
+
+def _interpolated(document: Any) -> Any:
+    import omegaconf  # noqa: PLC0415 (only where it is needed)
+
+    resolvers = {"multiply": lambda x, y: x * y, "divide_floor": lambda x, y: x // y, "divide": lambda x, y: x / y}
+    for name, function in resolvers.items():
+        omegaconf.OmegaConf.register_resolver(name, function, replace=True)
+    root = omegaconf.OmegaConf.create({**document, "training": document} if isinstance(document, dict) else document)
+
+    def resolved(value: Any, node: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(inner, lambda key=key: node()[key]) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [resolved(inner, lambda i=i: node()[i]) for i, inner in enumerate(value)]
+        if not (isinstance(value, str) and "${" in value):
+            return value
+        try:
+            found = node()
+        except (omegaconf.errors.OmegaConfBaseException, ArithmeticError, TypeError):
+            return value
+        return omegaconf.OmegaConf.to_container(found, resolve=True) if omegaconf.OmegaConf.is_config(found) else found
+
+    return resolved(document, lambda: root)
 
 
 def parse(document: Any, kind: type[T], source: str) -> T:

@@ -10,13 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from hptool import __version__, files
+from hptool import __version__, catalogue, files
 from hptool.base_config import BaseConfig
 from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enumerate_layouts
 from hptool.errors import InputError, NoFeasibleLayout
 from hptool.facts import Cluster, Framework
 from hptool.predict import Predictions, predict, stack
-from hptool.presets import Preset, lightning_time, render
+from hptool.presets import Site, lightning_time
 from hptool.worker.refusals import refuse_impossible
 
 #: What a search measures, and so predicts: `cluster/frameworks/hptool-worker.yaml`.
@@ -139,14 +139,13 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
 
 def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseConfig:
     """The preset or file that `--model` names, for these nodes, with the overrides."""
-    presets = files.data_directory("base_configs")
-    path = files.named_file(request.model, presets, "*/*.yaml", "model preset")
-    if path.is_relative_to(presets):
-        preset = files.read(path, Preset)
-        template = files.read_text(presets / f"{preset.family}.yaml.j2")
-        document = files.parse_yaml(render(template, preset, cluster, nodes), request.model)
+    if not request.model.endswith((".yaml", ".yml")):
+        site = Site(cluster=cluster, num_nodes=nodes)
+        document = files.parse_yaml(
+            catalogue.config_text(catalogue.preset(request.model), site, Layout()), request.model
+        )
     else:
-        document = files.read_yaml(path)
+        document = files.read_config_yaml(Path(request.model))
         # The nodes and devices are the cluster's, whatever the file was written for.
         device = "gpu" if cluster.gpu.device == "cuda" else "cpu"
         for key, value in (("num_nodes", nodes), ("devices", cluster.gpus_per_node), ("accelerator", device)):

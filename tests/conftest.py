@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from hptool import files
+from hptool import catalogue, files
 from hptool.base_config import BaseConfig
+from hptool.candidates import Layout
 from hptool.facts import Cluster
-from hptool.presets import Preset, render
+from hptool.presets import Site
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,9 +34,9 @@ def dgx_a100() -> Cluster:
 
 
 def preset_config(name: str, cluster: Cluster, nodes: int, **overrides: Any) -> BaseConfig:
-    """The config of `gpt3/NAME`; overrides are given with `__` for the dots."""
-    directory = files.data_directory("base_configs")
-    preset = files.read(directory / "gpt3" / f"{name}.yaml", Preset)
-    text = render((directory / "gpt3.yaml.j2").read_text(), preset, cluster, nodes)
+    """The config of `gpt3/NAME`, or of `family/size`; overrides are given with `__` for the dots."""
+    model = name if "/" in name else f"gpt3/{name}"
+    site = Site(cluster=cluster, num_nodes=nodes)
+    text = catalogue.config_text(catalogue.preset(model), site, Layout())
     words = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
     return files.parse(files.apply_overrides(files.parse_yaml(text, name), words, "override"), BaseConfig, name)

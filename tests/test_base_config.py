@@ -5,35 +5,100 @@ from hypothesis import given
 from hypothesis import strategies as st
 from syrupy.assertion import SnapshotAssertion
 
-from hptool import files
+from hptool import catalogue, files
 from hptool.base_config import BaseConfig
 from hptool.candidates import Layout, Recompute, refusal
 from hptool.errors import InputError
 from hptool.facts import Cluster
-from hptool.presets import Preset, render
+from hptool.presets import Site
 from tests.conftest import preset_config
-from tests.test_facts import PRESETS, PROFILES
+from tests.test_facts import PROFILES
 
 
-@pytest.mark.parametrize(("preset", "profile", "nodes"), [("126m", "dgx-a100", 8), ("tiny", "local", 1)])
-def test_the_config_of_a_preset(preset: str, profile: str, nodes: int, snapshot: SnapshotAssertion) -> None:
-    directory = files.data_directory("base_configs")
-    text = render(
-        (directory / "gpt3.yaml.j2").read_text(),
-        files.read(directory / "gpt3" / f"{preset}.yaml", Preset),
-        files.read_cluster(profile),
-        nodes,
-    )
-    assert text == snapshot
+@pytest.mark.parametrize(
+    ("model", "profile", "nodes"),
+    [
+        ("gpt3/126m", "dgx-a100", 8),
+        ("gpt3/tiny", "local", 1),
+        ("gpt3/gpt2_124m", "dgx-h100", 1),
+        ("llama/llama3_8b", "dgx-h100", 16),
+        ("mixtral/8x7b", "dgx-h100", 8),
+        ("bert/0.11b", "dgx-a100", 8),
+        ("t5/11b", "dgx-a100", 20),
+    ],
+)
+def test_the_config_of_a_preset(model: str, profile: str, nodes: int, snapshot: SnapshotAssertion) -> None:
+    site = Site(cluster=files.read_cluster(profile), num_nodes=nodes)
+    assert catalogue.config_text(catalogue.preset(model), site, Layout()) == snapshot
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("model", catalogue.preset_names())
+def test_a_config_means_the_model_of_its_preset(model: str, dgx_a100: Cluster) -> None:
+    config = preset_config(model, dgx_a100, 16)
+    assert config.shape == catalogue.preset(model).shape
+    assert config.trainer.devices == 8
+    assert config.precision == "bf16"
+
+
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_preset_fits_every_profile(preset: str, profile: str) -> None:
+@pytest.mark.parametrize("model", ["gpt3/tiny", "llama/tiny", "mixtral/tiny", "bert/tiny", "t5/tiny"])
+def test_a_toy_fits_every_profile(model: str, profile: str) -> None:
     cluster = files.read_cluster(profile)
-    config = preset_config(preset, cluster, cluster.nodes)
+    config = preset_config(model, cluster, cluster.nodes)
     assert config.trainer.devices == cluster.gpus_per_node
     assert config.precision == cluster.gpu.default_precision
+
+
+@pytest.mark.parametrize("model", ["gpt3/tiny", "mixtral/tiny", "bert/tiny", "t5/tiny"])
+def test_a_config_survives_its_way_through_yaml(model: str, local: Cluster) -> None:
+    config = preset_config(model, local, 1)
+    assert files.parse(files.parse_yaml(files.yaml_text(config.document()), "yaml"), BaseConfig, "yaml") == config
+
+
+def test_both_stacks_of_an_encoder_decoder_are_recomputed_alike(local: Cluster) -> None:
+    layout = Layout(pp=2, recompute=Recompute.BLOCK, recompute_num_layers=2)
+    config = preset_config("t5/tiny", local, 1).with_layout(layout)
+    assert config.layout == layout
+    assert config.model.encoder is not None
+    assert config.model.encoder.activations_checkpoint_num_layers == 2
+    assert config.stack.activations_checkpoint_method == "block"
+    assert config.model.activations_checkpoint_method is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"model__num_layers": "4"}, "model.num_layers: 4 given, allowed is nothing here: T5 has it in model.encoder"),
+        ({"model__encoder__hidden_size": "64"}, "model.encoder.hidden_size: 64 given, allowed is as model.decoder"),
+        ({"model__decoder__num_layers": "0"}, "model.decoder.num_layers: 0 given, allowed is 1 or more"),
+        ({"model__data__seq_length_dec": "null"}, "model.data.seq_length_dec: None given, allowed is 1 or more"),
+        ({"model__decoder": "null"}, "model.decoder: None given, allowed is given together with model.encoder"),
+        ({"model__encoder__position_embedding_type": "rope"}, "allowed is as model.decoder.position_embedding_type"),
+    ],
+)
+def test_a_wrong_encoder_decoder_is_told_by_key(override: dict[str, str], words: str, local: Cluster) -> None:
+    with pytest.raises(InputError) as caught:
+        preset_config("t5/tiny", local, 1, **override)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "override", "words"),
+    [
+        ("mixtral/tiny", {"model__moe_router_topk": "5"}, "model.moe_router_topk: 5 given, allowed is 1 to 4"),
+        ("llama/tiny", {"model__expert_model_parallel_size": "2"}, "allowed is 1 without experts"),
+        ("llama/tiny", {"model__moe_ffn_hidden_size": "2"}, "allowed is null without model.num_moe_experts"),
+        ("bert/tiny", {"model__position_embedding_type": "rope"}, "allowed is learned_absolute"),
+        ("llama/tiny", {"model__seq_length": "64"}, "model.seq_length: 64 given, allowed is null but for T5"),
+        ("gpt3/tiny", {"model__precision": "bf16"}, "allowed is null, or as trainer.precision (32)"),
+    ],
+)
+def test_a_key_of_another_family_is_not_ignored(
+    model: str, override: dict[str, str], words: str, local: Cluster
+) -> None:
+    with pytest.raises(InputError) as caught:
+        preset_config(model, local, 1, **override)
+    assert words in str(caught.value)
 
 
 layouts = st.builds(
@@ -104,9 +169,8 @@ def test_all_mistakes_are_told_at_once(local: Cluster) -> None:
     ("days", "slurm", "lightning"), [(0.02, "0-00:28:48", "00:00:14:24"), (2, "2-00:00:00", "01:23:30:00")]
 )
 def test_time_limits_are_never_negative(days: float, slurm: str, lightning: str, local: Cluster) -> None:
-    directory = files.data_directory("base_configs")
-    document = {**files.read_yaml(directory / "gpt3" / "tiny.yaml"), "time_limit_days": days}
-    text = render((directory / "gpt3.yaml.j2").read_text(), files.parse(document, Preset, "tiny"), local, 1)
+    site = Site(cluster=local, num_nodes=1, time_limit_days=days)
+    text = catalogue.config_text(catalogue.preset("gpt3/tiny"), site, Layout())
     config = files.parse(files.parse_yaml(text, "tiny"), BaseConfig, "tiny")
     assert (config.run.time_limit, config.trainer.max_time) == (slurm, lightning)
 

@@ -40,7 +40,7 @@ _TELL_S = 5.0
 def main(config_path: str, overrides: tuple[str, ...], output: str) -> None:
     """Train from CONFIG.yaml (NeMo-Megatron's keys) on this node's devices, and time it."""
     try:
-        document = files.apply_overrides(files.read_yaml(Path(config_path)), overrides, config_path)
+        document = files.apply_overrides(files.read_config_yaml(Path(config_path)), overrides, config_path)
         config = files.parse(document, BaseConfig, config_path)
         refuse_impossible(config, config_path)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

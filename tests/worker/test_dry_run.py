@@ -14,14 +14,13 @@ from unittest import mock
 import pytest
 from click.testing import CliRunner
 
-from hptool import files
+from hptool import catalogue, files
 from hptool.base_config import BaseConfig
 from hptool.candidates import Layout, Layouts, Recompute
 from hptool.errors import InputError
 from hptool.predict import stack
 from hptool.predict.memory import layer_activation_bytes, rank_parameters, stage_memory
 from hptool.predict.parallel import Table
-from hptool.presets import Preset
 from hptool.units import GIB
 from hptool.worker import initialise
 from hptool.worker.dry_run import DryRun, dry_run, main
@@ -51,7 +50,7 @@ def in_child(directory: Path, function: Callable[[], Any]) -> Any:
 
 def gpt3_175b(layout: Layout = TP8_PP8, **changes: Any) -> BaseConfig:
     """The preset on 512 GPUs, in bf16 and without dropout."""
-    preset = files.read(files.data_directory("base_configs") / "gpt3" / "175b.yaml", Preset)
+    preset = catalogue.preset("gpt3/175b")
     document = {
         "trainer__num_nodes": 64,
         "trainer__devices": 8,
