@@ -8,8 +8,14 @@ from hptool.candidates import Layout, Recompute, Workload
 from hptool.facts import ModelShape, Precision
 from hptool.nemo_keys import PRECISIONS, ModelSection, RunSection, StackSection, TrainerSection
 
-#: Entries of the GPT-2 BPE vocabulary, the tokenizer of NeMo's GPT-3 recipes (Radford et al. 2019).
-GPT2_VOCAB_SIZE = 50_257
+#: Entries of the vocabularies that NeMo's tokenizers are known by (their `type`, or their library); the first where a
+#: config names none. From Radford et al. 2019, Devlin et al. 2018 and the byte.
+VOCABULARIES: Mapping[str, int] = {
+    "GPT2BPETokenizer": 50_257,
+    "BertWordPieceLowerCase": 30_522,
+    "BertWordPieceCase": 28_996,
+    "byte-level": 257,
+}
 
 #: What T5 has in its stacks and not in `model`.
 _STACK_KEYS = tuple(f.name for f in fields(StackSection))
@@ -67,7 +73,7 @@ class BaseConfig:
             kv_channels=stack.kv_channels or hidden // heads,
             seq_length=_given(model.data.seq_length_dec) if encoder_layers else length,
             max_position_embeddings=model.max_position_embeddings,
-            vocab_size=model.override_vocab_size or GPT2_VOCAB_SIZE,
+            vocab_size=model.override_vocab_size or _given(_known_vocabulary(model)),
             tied_embeddings=model.share_embeddings_and_output_weights,
             has_bias=stack.bias,
             has_qkv_bias=stack.bias if stack.qkv_bias is None else stack.qkv_bias,
@@ -202,6 +208,15 @@ def _given(value: int | None) -> int:
     return value
 
 
+def _known_vocabulary(model: ModelSection) -> int | None:
+    """Entries of the tokenizer's vocabulary, sentinels included; None where its name does not tell."""
+    names = [model.tokenizer.get(key) for key in ("type", "library")]
+    if not any(names):
+        return VOCABULARIES["GPT2BPETokenizer"]
+    sentinels = model.tokenizer.get("num_sentinel_tokens") or 0
+    return next((VOCABULARIES[name] + sentinels for name in names if name in VOCABULARIES), None)
+
+
 def _recompute_keys(layout: Layout) -> dict[str, Any]:
     """NeMo's keys of a layout's recomputation."""
     recompute = layout.recompute
@@ -261,6 +276,11 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
         _check_lengths(model, problems)
         _check_stack(model, "model", problems)
         need(model.pipeline_model_parallel_split_rank is None, "model.pipeline_model_parallel_split_rank", "null")
+    if model.override_vocab_size is None and _known_vocabulary(model) is None:
+        problems.lines.append(
+            "model.override_vocab_size: required key is missing, because model.tokenizer does not tell its vocabulary"
+        )
+    need((model.override_vocab_size or 1) >= 1, "model.override_vocab_size", "null, or 1 or more")
     _check_experts(config, problems)
     if config.is_bert:
         need(model.position_embedding_type == "learned_absolute", "model.position_embedding_type", "learned_absolute")

@@ -35,17 +35,16 @@ def presets(family: str) -> dict[str, Preset]:
     return dict(sorted(read.items(), key=lambda item: item[1].shape.num_parameters))
 
 
-def preset(model: str, seq_length: int | None = None) -> Preset:
+def preset(model: str) -> Preset:
     """What `gpt3/5b` names, by its file, one of its aliases or its size, or else a model of that size.
 
-    Another sequence length keeps the tokens of a batch. InputError where the name stands for nothing.
+    `gpt3/5b_seq8192` has another sequence length and keeps the tokens of a batch. InputError where the name stands
+    for nothing.
     """
-    found = _read(model) if model in preset_names() else _by_size(model)
-    if seq_length is None or seq_length == found.seq_length:
-        return found
-    if seq_length < 1:
-        raise InputError(f"--seq-length: {seq_length} given, allowed is 1 or more")
-    return _with_seq_length(found, seq_length)
+    match = re.fullmatch(r"(.+)_seq([1-9][0-9]{0,8})", model)
+    if match and model not in preset_names():
+        return _with_seq_length(preset(match[1]), int(match[2]))
+    return _read(model) if model in preset_names() else _by_size(model)
 
 
 def config_text(found: Preset, site: Site, layout: Layout) -> str:
@@ -113,5 +112,9 @@ def _names_size(found: Preset, size: str) -> bool:
 
 def _with_seq_length(found: Preset, seq_length: int) -> Preset:
     tokens = found.global_batch_size * found.seq_length
-    name = re.sub(r"_seq\d+$", "", found.name) + f"_seq{seq_length}"
-    return replace(found, name=name, seq_length=seq_length, global_batch_size=max(1, round(tokens / seq_length)))
+    return replace(
+        found,
+        name=f"{found.name}_seq{seq_length}",
+        seq_length=seq_length,
+        global_batch_size=max(1, round(tokens / seq_length)),
+    )

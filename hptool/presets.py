@@ -3,6 +3,7 @@
 Pure: the files under `base_configs/` are read by `catalogue.py`.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -113,11 +114,6 @@ class Preset:
             has_mlm_head=self.template == "bert",
             has_binary_head=bool(self.bert_binary_head),
         )
-
-    @property
-    def model(self) -> str:
-        """How `--model` names it, by its size where it is a custom one."""
-        return f"{self.family}/{self.name.removeprefix(f'{self.family}_')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +326,18 @@ class Site:
     time_limit_days: float | None = None
 
 
+@functools.cache
+def _environment(templates: tuple[tuple[str, str], ...]) -> jinja2.Environment:
+    """Compiles each template once, for any number of configs: that takes longer than all else about one."""
+    return jinja2.Environment(  # noqa: S701 (YAML of our own numbers, no HTML)
+        loader=jinja2.DictLoader(dict(templates)),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def render(templates: Mapping[str, str], preset: Preset, site: Site, layout: Layout) -> str:
     """The preset's config for these nodes, cut as `layout`, as commented YAML; `templates` by their file names."""
     days = preset.time_limit_days if site.time_limit_days is None else site.time_limit_days
@@ -337,14 +345,7 @@ def render(templates: Mapping[str, str], preset: Preset, site: Site, layout: Lay
     gpus = site.num_nodes * site.cluster.gpus_per_node
     gbs = fitting_batch(preset.global_batch_size, gpus)
     max_steps = max(1, preset.tokens // (preset.seq_length * gbs))
-    environment = jinja2.Environment(  # noqa: S701 (YAML of our own numbers, no HTML)
-        loader=jinja2.DictLoader(dict(templates)),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(f"{preset.template}.yaml.j2").render(
+    return _environment(tuple(sorted(templates.items()))).get_template(f"{preset.template}.yaml.j2").render(
         preset=preset,
         cluster=site.cluster,
         num_nodes=site.num_nodes,

@@ -53,7 +53,7 @@ def test_parameters_are_the_published_ones(model: str) -> None:
 def test_a_preset_says_its_source_and_has_the_size_of_its_name(model: str) -> None:
     preset = catalogue.preset(model)
     assert len(preset.source) > 20
-    assert preset.model.partition("/")[0] == model.partition("/")[0]
+    assert preset.family == model.partition("/")[0]
     named = parameters_of_size(model.rpartition("/")[2].rpartition("_")[2])
     rounded = ("gemma", "baichuan2", "qwen2", "chatglm", "llama/llama3.2")  # as their authors named them
     if named is not None and not model.startswith(rounded):
@@ -116,7 +116,7 @@ def test_a_size_is_found_whatever_its_unit() -> None:
 
 
 def test_another_sequence_length_keeps_the_tokens_of_a_batch() -> None:
-    usual, long = catalogue.preset("gpt3/20b"), catalogue.preset("gpt3/20b", seq_length=8192)
+    usual, long = catalogue.preset("gpt3/20b"), catalogue.preset("gpt3/20b_seq8192")
     assert (usual.global_batch_size, long.global_batch_size) == (2048, 512)
     assert long.shape.max_position_embeddings == 8192
 
