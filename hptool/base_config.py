@@ -280,6 +280,7 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
         problems.lines.append(
             "model.override_vocab_size: required key is missing, because model.tokenizer does not tell its vocabulary"
         )
+    need(not model.nsys_profile.get("enabled"), "model.nsys_profile", "enabled: false: nothing is profiled here")
     need((model.override_vocab_size or 1) >= 1, "model.override_vocab_size", "null, or 1 or more")
     _check_experts(config, problems)
     if config.is_bert:

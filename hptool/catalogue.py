@@ -111,10 +111,14 @@ def _names_size(found: Preset, size: str) -> bool:
 
 
 def _with_seq_length(found: Preset, seq_length: int) -> Preset:
-    tokens = found.global_batch_size * found.seq_length
+    """As many tokens a batch, in sequences that powers of two of replicas and micro batches share."""
+    sequences = found.global_batch_size * found.seq_length / seq_length
+    step = 1
+    while 16 * step <= sequences:
+        step *= 2
     return replace(
         found,
         name=f"{found.name}_seq{seq_length}",
         seq_length=seq_length,
-        global_batch_size=max(1, round(tokens / seq_length)),
+        global_batch_size=max(1, round(sequences / step)) * step,
     )

@@ -104,8 +104,8 @@ class OptimSection:
     grad_sync_dtype: Literal["fp32"] | None = None
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
-    contiguous_grad_buffer: bool = True
-    contiguous_param_buffer: bool = True
+    contiguous_grad_buffer: Literal[True] = True
+    contiguous_param_buffer: Literal[True] = True
     sched: SchedSection = field(default_factory=SchedSection)
 
 

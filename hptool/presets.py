@@ -118,7 +118,7 @@ class Preset:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeRow:
-    """Usual dimensions and learning rate of models of up to `up_to_b` billion parameters.
+    """Usual dimensions and learning rate of models below `up_to_b` billion parameters, and of the last row up to them.
 
     The MLP is `ffn_ratio` times as wide as the model where no width is given; `head_dim` is what a head has.
     """
@@ -175,26 +175,27 @@ def custom_preset(name: str, family: Family, parameters: float, defaults: Preset
     hidden size moves, as little as possible. A model too small for four layers of its family's smallest width is
     about 32 times as wide as it has layers. InputError where not even the smallest model is small enough.
     """
-    row = next((r for r in family.sizes if parameters <= r.up_to_b * 1e9), None)
-    if row is None:
-        largest = max((r.up_to_b for r in family.sizes), default=0)
-        raise InputError(f"--model: {name!r} given, allowed are presets and sizes up to {largest:g}b")
+    largest = family.sizes[-1]
+    if parameters > largest.up_to_b * 1e9:
+        raise InputError(f"--model: {name!r} given, allowed are presets and sizes up to {largest.up_to_b:g}b")
+    row = next((r for r in family.sizes if parameters < r.up_to_b * 1e9), largest)
     usual = _one_layer(defaults, row, family.ffn_ratio, row.hidden_size)
     small = _with_layers(usual, _FEWEST_LAYERS).shape.num_parameters > parameters
-    best: tuple[float, Preset] | None = None
+    best: tuple[float, Preset, int] | None = None
     for hidden in _small_widths(row) if small else _widths(row):
-        candidate = _one_layer(defaults, row, family.ffn_ratio, hidden)
-        for layers in _layer_counts(candidate, parameters):
-            model = _with_layers(candidate, layers)
-            off = abs(model.shape.num_parameters - parameters) / max(1.0, parameters)
+        model = _one_layer(defaults, row, family.ffn_ratio, hidden)
+        one, two = (_with_layers(model, layers).shape.num_parameters for layers in (1, 2))
+        for layers in _layer_counts(one, two, parameters):
+            off = abs(one + (layers - 1) * (two - one) - parameters) / max(1.0, parameters)
             if small:
                 habit = abs(math.log(hidden / layers / _SMALL_ASPECT))
             else:
                 habit = 4 * abs(math.log(hidden / row.hidden_size))
             # What each costs: a width beside the habit, layers and heads that split badly, a size beside the wanted.
-            cost = habit + _uneven(layers) + _uneven(model.num_attention_heads) + 2 * off
+            stacks = 2 if model.encoder_num_layers else 1
+            cost = habit + _uneven(stacks * layers) + _uneven(model.num_attention_heads) + 2 * off
             if off <= SIZE_TOLERANCE and (best is None or cost < best[0]):
-                best = cost, model
+                best = cost, model, layers
     if best is None:
         smallest = _one_layer(defaults, row, family.ffn_ratio, min(_small_widths(row))).shape.num_parameters
         raise InputError(
@@ -203,8 +204,9 @@ def custom_preset(name: str, family: Family, parameters: float, defaults: Preset
         )
     size_b = parameters / 1e9
     sequences = next((r.sequences for r in family.batches if size_b <= r.up_to_b), family.batches[-1].sequences)
+    _, shape, layers = best
     return replace(
-        best[1],
+        _with_layers(shape, layers),
         name=f"{defaults.family}_{name}",
         source=f"Shape of this size by hptool's rule, after {family.source}",
         aliases=(),
@@ -226,7 +228,7 @@ _SMALL_ASPECT = 32
 def _widths(row: SizeRow) -> Sequence[int]:
     """Hidden sizes around the row's, in whole heads and, of many heads, in numbers that tensor parallelism divides."""
     heads = row.hidden_size // row.head_dim
-    step = row.head_dim * (8 if heads >= 32 else 4 if heads >= 16 else 1)  # noqa: PLR2004 (as said)
+    step = row.head_dim * (4 if heads >= 16 else 1)  # noqa: PLR2004 (as said)
     return [h for h in range(step, 2 * row.hidden_size + 1, step) if 2 * h >= row.hidden_size]
 
 
@@ -260,11 +262,17 @@ def _one_layer(defaults: Preset, row: SizeRow, ffn_ratio: float, hidden: int) ->
     )
 
 
-def _layer_counts(candidate: Preset, parameters: float) -> Sequence[int]:
-    """The numbers of layers on both sides of the wanted size."""
-    one, two = (_with_layers(candidate, layers).shape.num_parameters for layers in (1, 2))
-    exact = 1 + (parameters - one) / (two - one)
-    return sorted({max(1, math.floor(exact)), max(1, math.ceil(exact))})
+def _layer_counts(one: int, two: int, parameters: float) -> Sequence[int]:
+    """The numbers of layers within the tolerance of the wanted size, and those on both sides of it.
+
+    `one` and `two` are the parameters of models of so many layers.
+    """
+
+    def exact(size: float) -> float:
+        return max(1.0, 1 + (size - one) / (two - one))
+
+    low, nearest, high = (exact(parameters * (1 + off)) for off in (-SIZE_TOLERANCE, 0, SIZE_TOLERANCE))
+    return sorted({math.floor(nearest), math.ceil(nearest), *range(math.ceil(low), math.floor(high) + 1)})
 
 
 def _with_layers(preset: Preset, layers: int) -> Preset:
@@ -274,7 +282,7 @@ def _with_layers(preset: Preset, layers: int) -> Preset:
 
 def _uneven(number: int) -> float:
     """What a number of layers or heads costs that few parallel sizes divide."""
-    return next(cost for divisor, cost in ((8, 0.0), (4, 0.02), (2, 0.05), (1, 0.3)) if number % divisor == 0)
+    return next(cost for divisor, cost in ((8, 0.0), (4, 0.02), (2, 0.05), (1, 0.6)) if number % divisor == 0)
 
 
 # ---------------------------------------------------------------- batch and steps
@@ -345,20 +353,24 @@ def render(templates: Mapping[str, str], preset: Preset, site: Site, layout: Lay
     gpus = site.num_nodes * site.cluster.gpus_per_node
     gbs = fitting_batch(preset.global_batch_size, gpus)
     max_steps = max(1, preset.tokens // (preset.seq_length * gbs))
-    return _environment(tuple(sorted(templates.items()))).get_template(f"{preset.template}.yaml.j2").render(
-        preset=preset,
-        cluster=site.cluster,
-        num_nodes=site.num_nodes,
-        gbs=gbs,
-        layout=layout,
-        max_steps=max_steps,
-        time_limit=_slurm_time(limit),
-        max_time=lightning_time(max(limit - _MARGIN, limit / 2)),
-        init_method_std=preset.init_method_std or round(0.64 / preset.hidden_size**0.5, 6),
-        warmup_steps=warmup_steps(preset, max_steps),
-        constant_steps=int(preset.constant_fraction * max_steps),
-        min_lr=round(0.1 * preset.lr, 8),
-        vocab_divisor=VOCAB_DIVISOR,
+    return (
+        _environment(tuple(sorted(templates.items())))
+        .get_template(f"{preset.template}.yaml.j2")
+        .render(
+            preset=preset,
+            cluster=site.cluster,
+            num_nodes=site.num_nodes,
+            gbs=gbs,
+            layout=layout,
+            max_steps=max_steps,
+            time_limit=_slurm_time(limit),
+            max_time=lightning_time(max(limit - _MARGIN, limit / 2)),
+            init_method_std=preset.init_method_std or round(0.64 / preset.hidden_size**0.5, 6),
+            warmup_steps=warmup_steps(preset, max_steps),
+            constant_steps=int(preset.constant_fraction * max_steps),
+            min_lr=round(0.1 * preset.lr, 8),
+            vocab_divisor=VOCAB_DIVISOR,
+        )
     )
 
 

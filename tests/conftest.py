@@ -1,8 +1,10 @@
 """What tests share: published data, and configs of a tiny model."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hptool import catalogue, files
@@ -10,6 +12,7 @@ from hptool.base_config import BaseConfig
 from hptool.candidates import Layout
 from hptool.facts import Cluster
 from hptool.presets import Site
+from hptool.scaling import FLOP_PER_PARAMETER_TOKEN, SeedRuns
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +22,24 @@ def published() -> Path:
     """`training.csv` of published runs: the whole table where it is at hand, else the committed part of it."""
     whole = ROOT.parent / "shared" / "truth" / "training.csv"
     return whole if whole.is_file() else ROOT / "tests" / "data" / "korthikanti.csv"
+
+
+@pytest.fixture(scope="session")
+def chinchilla() -> SeedRuns:
+    """The 245 runs that Epoch's replication read off figure 4 of Hoffmann et al. 2022."""
+    whole = ROOT.parent / "shared" / "scaling" / "chinchilla_points.csv"
+    path = whole if whole.is_file() else ROOT / "tests" / "data" / "chinchilla_points.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    parameters, flop, loss = (
+        np.array([float(row[name]) for row in rows]) for name in ("Model Size", "Training FLOP", "loss")
+    )
+    return SeedRuns(
+        source=path.name,
+        parameters=parameters,
+        tokens=flop / (FLOP_PER_PARAMETER_TOKEN * parameters),
+        loss=loss,
+        line=np.arange(len(rows)) + 2,
+    )
 
 
 @pytest.fixture(scope="session")
