@@ -47,6 +47,22 @@ def preset(model: str) -> Preset:
     return _read(model) if model in preset_names() else _by_size(model)
 
 
+def remark(model: str) -> str | None:
+    """What a user should hear of a model that is no preset: it may be a slip. None for a preset or a file."""
+    if model.endswith((".yaml", ".yml")):
+        return None
+    found = preset(re.sub(r"_seq[0-9]+$", "", model))
+    known = presets(found.family)
+    if found in known.values():
+        return None
+    shape = found.shape
+    near = min(known, key=lambda name: _apart(known[name], shape.num_parameters))
+    return (
+        f"{model} is no preset (the nearest is {near}): {shape.pipeline_layers} layers of {shape.hidden_size}, "
+        f"{shape.num_parameters / 1e9:.3g}B parameters, by the family's rule"
+    )
+
+
 def config_text(found: Preset, site: Site, layout: Layout) -> str:
     """The config of a preset as commented YAML."""
     templates = {path.name: files.read_text(path) for path in _directory().glob("*.yaml.j2")}
@@ -80,8 +96,8 @@ def _by_size(model: str) -> Preset:
             f"{model}: unknown model preset; {files.nearest(model, list(known))} "
             f"(or a size such as {family_name}/6.7b, {_OR_A_FILE.strip('()')})"
         )
-    usual = next(p for p in known.values() if not p.toy)
-    # What one preset has and its family has not is no rule for other sizes.
+    usual = min((p for p in known.values() if not p.toy), key=lambda p: _apart(p, parameters))
+    # What one preset has and its family has not is no rule for other sizes; its nodes and days are as good as any.
     family = families()[family_name]
     plain = {
         **family.defaults,
@@ -92,8 +108,8 @@ def _by_size(model: str) -> Preset:
         **{key: getattr(usual, key) for key in ("hidden_size", "ffn_hidden_size", "num_attention_heads")},
         "global_batch_size": usual.global_batch_size,
         "lr": usual.lr,
-        "time_limit_days": 7,
-        "num_nodes": 1,
+        "time_limit_days": usual.time_limit_days,
+        "num_nodes": usual.num_nodes,
     }
     defaults = files.parse(plain, Preset, f"{family_name} in recipes.yaml")
     return custom_preset(size, family, parameters, defaults)
@@ -101,6 +117,11 @@ def _by_size(model: str) -> Preset:
 
 #: What else `--model` takes.
 _OR_A_FILE = "(or give the path of a .yaml file)"
+
+
+def _apart(one: Preset, parameters: float) -> float:
+    """How far a size is from a preset, the same for twice and for half of it."""
+    return abs(math.log(one.shape.num_parameters / max(1.0, parameters)))
 
 
 def _names_size(found: Preset, size: str) -> bool:

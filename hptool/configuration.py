@@ -1,4 +1,4 @@
-"""`hptool base-config`: a config that runs, with the best predicted layout for its nodes, and what it takes to train."""
+"""`hptool base-config`: a config that runs, with the best predicted layout for its nodes, and what it takes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +93,8 @@ def make_config(request: ConfigRequest, say: Say) -> MadeConfig:
     plan = make_plan(wanted, cluster=cluster)
     made = _made(request, preset, plan)
     _tell(made, cluster, say)
+    if (remark := catalogue.remark(model)) is not None:
+        say(remark)
     if request.output is not None:
         files.write_text(request.output, made.text)
     return made

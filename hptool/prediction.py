@@ -14,7 +14,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from hptool import explain, files, forecast, tables
+from hptool import catalogue, explain, files, forecast, tables
 from hptool.candidates import Layout
 from hptool.errors import InputError
 from hptool.forecast import Accuracy, Forecast
@@ -153,6 +153,8 @@ def of_model(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
         model=options["model"], cluster=options["cluster"], nodes=options["nodes"], overrides=tuple(words)
     )
     plan = make_plan(request, options["framework"])
+    if (remark := catalogue.remark(request.model)) is not None:
+        say(remark)
     if options["dry_run_memory"] is not None:
         return _traced(plan, options["dry_run_memory"], say)
     if options["explain"] is not None:

@@ -1,12 +1,10 @@
 """The path, once, in order: plan, write, measure, report."""
 
-import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hptool import files, launch, report, strategy
+from hptool import catalogue, files, launch, report, strategy, train
 from hptool.campaign import Say, measure, planned_run
 from hptool.candidates import Layouts
 from hptool.plan import Plan, SearchRequest, make_plan, run_config
@@ -21,6 +19,8 @@ def search_train(request: SearchRequest, say: Say) -> tuple[report.Report, Path]
     Raises InputError, NoFeasibleLayout or LaunchError; a failed run is no error but a row of the report.
     """
     plan = make_plan(request)
+    if (remark := catalogue.remark(request.model)) is not None:
+        say(remark)
     if not request.dry_run:
         refuse_missing_framework()
     results = ResultsDirectory(plan.directory)
@@ -98,8 +98,8 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
         )
     if not plan.config.model.data.data_prefix:
         notes.append(
-            "The winning config trains on synthetic tokens until model.data.data_prefix names a .bin/.idx set. "
-            "The worker times a training and saves no weights."
+            "The winning config trains on synthetic tokens until model.data.data_prefix, or --data, names a .bin/.idx "
+            "set or a text."
         )
     best = next((row.layout for row in rows if row.measurement), None)
     if best is not None:
@@ -120,20 +120,11 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
         predictions=plan.predictions,
         notes=notes,
         optimal_path=str(results.optimal) if best is not None else None,
-        train_command=train_command(plan, results) if best is not None else None,
+        train_command=_train_command(plan, results) if best is not None else None,
     )
 
 
-def train_command(plan: Plan, results: ResultsDirectory) -> str:
-    """The command that trains `optimal.yaml`; on Slurm the script that it submits is written beside it."""
-    output = results.path / "training"
-    if plan.cluster.scheduler == "local":
-        worker = [sys.executable, "-m", "hptool.worker", str(results.optimal), "--output", str(output)]
-        return shlex.join(worker)
-    limit = plan.config.run.time_limit or "UNLIMITED"
-    name = f"hptool-{plan.config.run.name}"
-    parameters = launch.slurm_parameters(plan.cluster, nodes=plan.nodes, time_limit=limit, name=name)
-    script = results.optimal.with_suffix(".sh")
-    files.write_text(script, launch.batch_script(parameters, results.optimal, output))
-    output.mkdir(exist_ok=True)  # Slurm opens its log there before anything of ours runs
-    return shlex.join(["sbatch", str(script)])
+def _train_command(plan: Plan, results: ResultsDirectory) -> str:
+    """The command that trains `optimal.yaml`, where the search measured."""
+    cluster = plan.request.cluster if plan.cluster.scheduler == "slurm" else None
+    return train.command(results.optimal, results.path / "training", cluster)

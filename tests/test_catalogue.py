@@ -161,3 +161,13 @@ def test_warm_up_is_one_percent_within_bounds(steps: int, warmup: int) -> None:
 def test_the_public_gpt2_reproduction_is_there() -> None:
     gpt2 = catalogue.preset("gpt3/gpt2_124m")
     assert (gpt2.lr, gpt2.global_batch_size * gpt2.seq_length, gpt2.warmup_steps) == (6e-4, 524_288, 715)
+
+
+def test_a_model_that_is_no_preset_is_remarked_on() -> None:
+    assert catalogue.remark("gpt3/126m") is None
+    assert catalogue.remark("gpt3/0.126b") is None
+    assert catalogue.remark("gpt3/126m_seq4096") is None
+    assert catalogue.remark("mine.yaml") is None
+    said = catalogue.remark("gpt3/125m")
+    assert said is not None
+    assert said.startswith("gpt3/125m is no preset (the nearest is gpt3/")

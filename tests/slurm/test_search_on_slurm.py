@@ -59,10 +59,18 @@ def test_layouts_of_one_and_two_nodes_are_measured_and_ranked(results: Path) -> 
     assert len(arrays) == 2  # one array for each number of nodes
     assert answer["winner"] in runs
     # The winner's command trains it, on the nodes and with the options of the profile.
-    assert answer["train_command"] == f"sbatch {results / 'optimal.sh'}"
-    subprocess.run(["sbatch", "--wait", str(results / "optimal.sh")], check=True, timeout=120)
-    trained = json.loads((results / "training" / "measurement.json").read_text())
-    assert (trained["gpus"], trained["gbs"], len(trained["losses"])) == (4, 8, 4)
+    ending = f"train --config {results / 'optimal.yaml'} --results {results / 'training'} --cluster dev-slurm"
+    assert answer["train_command"].endswith(ending)
+    subprocess.run(["bash", "-c", answer["train_command"]], check=True, timeout=60, cwd=ROOT)
+    again = subprocess.run(
+        ["bash", "-c", f"{answer['train_command']} --resume"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert "trains in it already" in again.stderr
+    wait_for(lambda: queue() == [], timeout_s=120)
+    trained = json.loads((results / "training" / "result.json").read_text())
+    assert (trained["step"], trained["stopped"]) == (4, "done")
+    assert len((results / "training" / "losses.csv").read_text().splitlines()) == 5
+    assert (results / "training" / "runs.csv").read_text().count("\n") == 2
 
 
 def test_memory_and_minutes_are_real_limits(results: Path, tmp_path: Path) -> None:
@@ -170,3 +178,24 @@ def test_a_dry_runs_script_runs_by_hand(results: Path) -> None:
     folder = results / "scripts" / run["name"]
     subprocess.run(["sbatch", "--wait", str(folder / "run.sh")], check=True, timeout=120)
     assert len(json.loads((folder / "measurement.json").read_text())["losses"]) == 6, err
+
+
+def test_every_family_is_searched_side_by_side(tmp_path: Path, slurm: DevSlurm) -> None:
+    del slurm
+    cuts = {
+        "llama/tiny": ("--tp", "2", "--pp", "1"),
+        "mixtral/tiny": ("--tp", "1", "--pp", "1", "--ep", "2"),
+        "bert/tiny": ("--tp", "1", "--pp", "2"),
+        "t5/tiny": ("--tp", "1", "--pp", "2"),
+    }
+    common = ("--nodes", "1", "--mbs", "2", "--max-steps-per-run", "3", "--json")
+    searches = {
+        model: start(tmp_path / model.replace("/", "-"), "--model", model, *cut, *common, cluster="dev-slurm")
+        for model, cut in cuts.items()
+    }
+    for model, process in searches.items():
+        out, err = finish(process)
+        assert process.returncode == 0, err
+        (run,) = json.loads(out)["runs"]
+        assert (run["outcome"], run["gpus"]) == ("measured", 2), model
+    assert queue() == [], "a search left jobs behind"
