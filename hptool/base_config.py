@@ -143,8 +143,8 @@ class BaseConfig:
             gpus_per_node=self.trainer.devices,
             precision=self.precision,
             sequence_parallel=self.model.sequence_parallel,
-            # ALiBi is a bias on the scores, which torch's flash kernels do not take.
-            flash_attention=self.model.use_flash_attention and not self.is_alibi,
+            flash_attention=self.model.use_flash_attention,
+            alibi=self.is_alibi,
             dropout=stack.hidden_dropout > 0,
             overlap_grad_sync=self.model.optim.overlap_grad_sync,
             overlap_param_sync=self.model.optim.overlap_param_sync,
@@ -210,7 +210,7 @@ def _given(value: int | None) -> int:
 
 def _known_vocabulary(model: ModelSection) -> int | None:
     """Entries of the tokenizer's vocabulary, sentinels included; None where its name does not tell."""
-    names = [model.tokenizer.get(key) for key in ("type", "library")]
+    names = [str(model.tokenizer.get(key) or "") for key in ("type", "library")]
     if not any(names):
         return VOCABULARIES["GPT2BPETokenizer"]
     sentinels = model.tokenizer.get("num_sentinel_tokens") or 0

@@ -136,6 +136,7 @@ class Workload:
     precision: Precision = "bf16"
     sequence_parallel: bool = True
     flash_attention: bool = True
+    alibi: bool = False
     dropout: bool = False
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
@@ -145,9 +146,15 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchLimits:
-    """How far `auto` goes; read from `base_configs/search_space.yaml`."""
+    """How far `auto` goes; read from `base_configs/search_space.yaml`.
+
+    Of `mbs`, those above `long_mbs` are for sequences so short that a micro batch stays within
+    `max_microbatch_tokens`.
+    """
 
     mbs: tuple[int, ...]
+    long_mbs: int
+    max_microbatch_tokens: int
     min_tokens_per_cp_rank: int
     block_fractions: tuple[float, ...]
 
@@ -211,15 +218,15 @@ def _product(space: SearchSpace, work: Workload, limits: SearchLimits) -> Layout
     """The full grid as a table, without duplicates, sorted by `AXES`."""
     shape = work.shape
     tp = space.tp or _divisors(work.gpus_per_node)
-    pp = space.pp or tuple(d for d in _divisors(shape.num_layers) if d <= work.gpus)
+    pp = space.pp or tuple(d for d in _divisors(shape.pipeline_layers) if d <= work.gpus)
     cp = space.cp or _auto_cp(work, limits)
     ep = space.ep or _divisors(shape.num_experts or 1)
-    mbs = space.mbs or tuple(m for m in limits.mbs if m <= work.gbs)
+    mbs = space.mbs or _auto_mbs(work, limits)
     blocks = []
     for stages in sorted(set(pp)):
         # What a stage holds decides which numbers of chunks and recomputed layers make sense.
-        for chunks in sorted(set(space.vpp or _auto_vpp(shape.num_layers, stages))):
-            layers = max(1, shape.num_layers // (stages * chunks))
+        for chunks in sorted(set(space.vpp or _auto_vpp(shape.pipeline_layers, stages))):
+            layers = max(1, shape.pipeline_layers // (stages * chunks))
             recompute = sorted(set(_recompute_pairs(space, layers, limits)))
             grid = np.meshgrid(
                 np.unique(tp),
@@ -238,6 +245,12 @@ def _product(space: SearchSpace, work: Workload, limits: SearchLimits) -> Layout
     return Layouts(**{axis: rows[:, i].copy() for i, axis in enumerate(AXES)})
 
 
+def _auto_mbs(work: Workload, limits: SearchLimits) -> tuple[int, ...]:
+    length = max(work.shape.seq_length, work.shape.encoder_seq_length)
+    most = max(limits.long_mbs, limits.max_microbatch_tokens // length)
+    return tuple(m for m in limits.mbs if m <= min(work.gbs, most))
+
+
 def _auto_vpp(num_layers: int, pp: int) -> tuple[int, ...]:
     if pp == 1 or num_layers % pp:
         return (1,)
@@ -247,6 +260,8 @@ def _auto_vpp(num_layers: int, pp: int) -> tuple[int, ...]:
 def _auto_cp(work: Workload, limits: SearchLimits) -> tuple[int, ...]:
     """Powers of two that leave each rank enough tokens to be worth the exchange."""
     sizes = [1]
+    if not work.shape.is_causal_alone:
+        return (1,)
     while work.shape.seq_length // (2 * sizes[-1]) >= limits.min_tokens_per_cp_rank and 2 * sizes[-1] <= work.gpus:
         sizes.append(2 * sizes[-1])
     return tuple(sizes)
@@ -284,40 +299,68 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
     Each is a refusal of Megatron-core 0.16 (or an endless or senseless run) that is cheaper to foresee.
     """
     shape = work.shape
-    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    heads, groups, layers = shape.num_attention_heads, shape.num_query_groups, shape.pipeline_layers
     dp = np.maximum(1, work.gpus // t.gpus_per_replica)
     microbatches = np.maximum(1, work.gbs // (t.mbs * dp))
-    layers_per_chunk = np.maximum(1, shape.num_layers // (t.pp * t.vpp))
-    tokens_per_cp_rank = shape.seq_length // t.cp
+    layers_per_chunk = np.maximum(1, layers // (t.pp * t.vpp))
+    lengths = [length for length in (shape.encoder_seq_length, shape.seq_length) if length]
+    has_experts, split = shape.num_experts > 0, t.tp > 1
     uniform, block = t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK
+    chunk = np.maximum(1, t.recompute_num_layers)
     return [
         (f"tp does not divide the {heads} attention heads", heads % t.tp != 0),
         (f"tp does not divide the {groups} query groups", groups % t.tp != 0),
-        (f"tp does not divide ffn_hidden_size {shape.ffn_hidden_size}", shape.ffn_hidden_size % t.tp != 0),
+        *((f"tp does not divide {name} {width}", width % t.tp != 0) for name, width in _mlp_widths(shape)),
         (f"tp does not divide a node of {work.gpus_per_node} GPUs", work.gpus_per_node % t.tp != 0),
         (f"tp·pp·cp does not divide the {work.gpus} GPUs", work.gpus % t.gpus_per_replica != 0),
-        (f"pp·vpp does not divide the {shape.num_layers} layers", shape.num_layers % (t.pp * t.vpp) != 0),
-        (f"ep does not divide the {max(1, shape.num_experts)} experts", max(1, shape.num_experts) % t.ep != 0),
+        (f"pp·vpp does not divide the {layers} layers", layers % (t.pp * t.vpp) != 0),
+        (
+            f"ep does not divide the {shape.num_experts} experts"
+            if has_experts
+            else "ep > 1 needs a model with experts",
+            max(1, shape.num_experts) % t.ep != 0,
+        ),
         (
             "tp·ep·pp does not divide the GPUs (experts are spread over the ranks of data and context parallelism)",
             work.gpus % (t.tp * t.ep * t.pp) != 0,
         ),
+        ("experts need sequence parallelism where tp > 1", has_experts & split & (not work.sequence_parallel)),
+        ("experts with biases cannot be split by tp", has_experts & split & shape.has_bias),
         ("a virtual pipeline needs pp > 1", (t.vpp > 1) & (t.pp == 1)),
+        ("context parallelism needs a causal model without an encoder", (t.cp > 1) & (not shape.is_causal_alone)),
         (f"2·cp does not divide the sequence of {shape.seq_length}", (t.cp > 1) & (shape.seq_length % (2 * t.cp) != 0)),
         ("context parallelism needs flash attention", (t.cp > 1) & (not work.flash_attention)),
-        (
-            "tp does not divide a rank's part of the sequence (sequence parallelism)",
-            work.sequence_parallel & (t.tp > 1) & (tokens_per_cp_rank % t.tp != 0),
+        ("context parallelism needs attention without ALiBi", (t.cp > 1) & work.alibi),
+        *(
+            (
+                f"tp does not divide a rank's part of the sequence of {length} (sequence parallelism)",
+                work.sequence_parallel & split & (length // t.cp % t.tp != 0),
+            )
+            for length in lengths
         ),
         (f"mbs·dp does not divide the global batch of {work.gbs}", work.gbs % (t.mbs * dp) != 0),
         ("pp does not divide the microbatches of an interleaved schedule", (t.vpp > 1) & (microbatches % t.pp != 0)),
         ("a recompute layer count below 1", t.recompute_num_layers < np.where(uniform | block, 1, 0)),
         (
             "uniform recomputation in chunks that do not divide a stage's layers",
-            uniform & (layers_per_chunk % np.maximum(1, t.recompute_num_layers) != 0),
+            uniform & (layers_per_chunk % chunk != 0),
+        ),
+        (
+            "uniform recomputation in chunks of both encoder and decoder layers",
+            uniform & (shape.encoder_num_layers % layers_per_chunk % chunk != 0),
         ),
         (
             "block recomputation of all of a stage's layers or more (the same as uniform-1)",
             block & (t.recompute_num_layers >= layers_per_chunk),
         ),
     ]
+
+
+def _mlp_widths(shape: ModelShape) -> list[tuple[str, int]]:
+    """The widths of the model's MLPs by their keys."""
+    widths = {
+        "ffn_hidden_size": shape.ffn_hidden_size * (shape.num_expert_layers < shape.num_layers),
+        "moe_ffn_hidden_size": shape.expert_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size,
+    }
+    return [(name, width) for name, width in widths.items() if width]

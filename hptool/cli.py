@@ -63,6 +63,9 @@ def main() -> None:
     """Find the fastest way to train a language model on the GPUs that you have."""
 
 
+#: Options that list values of a search axis.
+_AXES = ("tp", "pp", "vpp", "cp", "ep", "mbs", "recompute")
+
 _EXAMPLES = """\b
 Examples:
   hptool search-train --model gpt3/tiny --cluster local --limit-search-runs 6
@@ -85,6 +88,7 @@ Examples:
 @click.option("--pp", type=_Integers(), default="auto", show_default=True, help="Pipeline parallel sizes.")
 @click.option("--vpp", type=_Integers(), default="auto", show_default=True, help="Virtual pipeline sizes; 1 is none.")
 @click.option("--cp", type=_Integers(), default="auto", show_default=True, help="Context parallel sizes.")
+@click.option("--ep", type=_Integers(), default="auto", show_default=True, help="Expert parallel sizes.")
 @click.option("--mbs", type=_Integers(), default="auto", show_default=True, help="Micro batch sizes.")
 @click.option(
     "--recompute",
@@ -108,7 +112,7 @@ def search_train_command(as_json: bool, output_top_n: int, overrides: tuple[str,
     Enumerates the layouts, predicts memory and step time of each, times the best as jobs, and reports the winner.
     KEY=VALUE overrides any key of the config.
     """
-    space = SearchSpace(**{axis: options.pop(axis) for axis in ("tp", "pp", "vpp", "cp", "mbs", "recompute")})
+    space = SearchSpace(**{axis: options.pop(axis) for axis in _AXES})
     _terminate_like_ctrl_c()
     try:
         if output_top_n < 1:
@@ -187,6 +191,193 @@ def predict_command(as_json: bool, columns: bool, words: tuple[str, ...], **opti
     except KeyboardInterrupt:
         click.echo("hptool: interrupted", err=True)
         sys.exit(_SIGNALLED + signal.SIGINT)
+
+
+_RECOMMEND_EXAMPLES = """\b
+Examples:
+  hptool recommend --gpus 160 --days 5
+  hptool recommend --gpus 64 --days 14 --gpu h100 --family llama --tokens 1T
+  hptool recommend --model gpt3/20b --gpus 512
+  hptool recommend --model gpt3/20b --days 10
+  hptool recommend --gpus 160 --days 5 --tokens compute-optimal --size-factor 0.5
+  hptool recommend --gpus 160 --days 5 --runs runs.csv --next-runs --plot fit.png
+"""
+
+
+@main.command("recommend", epilog=_RECOMMEND_EXAMPLES)
+@click.option("--gpus", type=int, help="GPUs of the training.  [default: all of --cluster; with --model, found]")
+@click.option("--days", type=float, help="Days that it may take.  [with --model, found]")
+@click.option("--gpu", help="Kind of GPU, in the nodes in which it usually comes.  [default: a100-80gb]")
+@click.option("--cluster", help="A profile such as dgx-a100, or the path of one, instead of --gpu.")
+@click.option("--family", help="Family whose sizes to choose from.  [default: gpt3]")
+@click.option("--model", help="One size, such as gpt3/20b: find its days or GPUs.")
+@click.option(
+    "--tokens",
+    metavar="COUNT|compute-optimal",
+    help="Tokens to train on, such as 300B; or as a scaling law advises.  [default: those of each preset]",
+)
+@click.option("--tflops", type=float, help="Model TFLOP/s of a GPU.  [default: predicted, for each size's best layout]")
+@click.option(
+    "--confidence", type=float, default=0.9, show_default=True, help="Probability with which a size must end in time."
+)
+@click.option("--law", help="A published scaling law: epoch, hoffmann, muennighoff.  [default: epoch]")
+@click.option(
+    "--runs", type=click.Path(path_type=Path), help="Own seed runs to fit a law to: CSV of parameters, tokens, loss."
+)
+@click.option("--keep-outliers", is_flag=True, help="Fit to all of --runs.")
+@click.option("--next-runs", is_flag=True, help="Suggest the seed runs that would help the fit most.")
+@click.option("--size-factor", type=float, help="What a model of so many times the optimal size costs.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Save a picture of the fit: .png, .svg or .pdf.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def recommend_command(as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Say what size to train on a budget of GPUs and days.
+
+    With --model: the days that a size takes, or the GPUs that it needs. With --tokens compute-optimal, --law or
+    --runs: the parameters and tokens of the least loss.
+    """
+    try:
+        from rich.console import Console  # noqa: PLC0415 (as below, because --help should not wait for them)
+
+        from hptool import recommendation  # noqa: PLC0415
+
+        made = recommendation.answer(options, _say)
+        if as_json:
+            click.echo(json.dumps(made.document(), indent=2))
+        else:
+            made.show(Console(highlight=False))
+    except HptoolError as error:
+        _fail(error)
+
+
+def _list_presets(context: click.Context, _option: click.Parameter, wanted: bool) -> None:  # noqa: FBT001 (click's)
+    """The presets with their parameters, and no more."""
+    if not wanted:
+        return
+    from hptool import catalogue  # noqa: PLC0415 (because --help should not wait for it)
+
+    for name in catalogue.preset_names():
+        click.echo(f"{name:<24} {catalogue.preset(name).shape.num_parameters / 1e9:>10.4g}B")
+    context.exit()
+
+
+_BASE_CONFIG_EXAMPLES = """\b
+Examples:
+  hptool base-config --model gpt3/5b --nodes 20 --output gpt3_5b.yaml
+  hptool base-config --model llama --size 1.5b --gpu h100-80gb --nodes 4
+  hptool base-config --model t5/11b --cluster dgx-a100 --days 30
+"""
+
+
+@main.command("base-config", epilog=_BASE_CONFIG_EXAMPLES)
+@click.option("--model", required=True, help="A preset such as gpt3/5b, a family with --size, or the path of a config.")
+@click.option("--size", help="Any size, such as 6.7b or 350m: the shape follows the family's rule.")
+@click.option("--cluster", help="A profile such as dgx-a100, or the path of one.")
+@click.option("--gpu", help="Kind of GPU, in the nodes in which it usually comes.  [default: a100-80gb]")
+@click.option("--nodes", type=int, help="Nodes of the training.  [default: those of the recipe]")
+@click.option("--days", type=float, help="Time limit of the training.  [default: that of the recipe]")
+@click.option("--seq-length", type=int, help="Another sequence length; a batch keeps its tokens.")
+@click.option("--output", type=click.Path(path_type=Path), help="Where the config goes.  [default: printed]")
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option(
+    "--list",
+    "list_models",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_presets,
+    help="Say which presets there are.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def base_config_command(as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Write a training config that runs, with the best predicted layout for its nodes.
+
+    Keys are NeMo-Megatron's; KEY=VALUE overrides any of them.
+    """
+    try:
+        from hptool import configuration  # noqa: PLC0415 (because --help should not wait for it)
+
+        made = configuration.make_config(configuration.ConfigRequest(**options), _say)
+        if as_json:
+            click.echo(json.dumps(made.document(), indent=2))
+        elif options["output"] is None:
+            click.echo(made.text, nl=False)
+        else:
+            _say(f"written to {options['output']}")
+    except HptoolError as error:
+        _fail(error)
+
+
+_TRAIN_EXAMPLES = """\b
+Examples:
+  hptool train --config results/gpt3_5b/optimal.yaml --data /data/my_set
+  hptool train --config optimal.yaml --data novel.txt --prompt "It was" model.tokenizer.library=byte-level
+  hptool train --config optimal.yaml --results results/gpt3_5b/training --resume
+  hptool train --config optimal.yaml --cluster my-cluster.yaml --hellaswag hellaswag_val.jsonl
+"""
+
+
+@main.command("train", epilog=_TRAIN_EXAMPLES)
+@click.option(
+    "--config", type=click.Path(path_type=Path), required=True, help="A config, such as a search's optimal.yaml."
+)
+@click.option("--cluster", help="A Slurm profile, or the path of one, to train there as a job.  [default: here]")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Directory of this training.  [default: training beside the config]",
+)
+@click.option("--resume", is_flag=True, help="Go on from its newest checkpoint; start it where there is none.")
+@click.option(
+    "--data", metavar="PREFIX|TEXT", help="A .bin/.idx set without its ending, or a text.  [default: the config's]"
+)
+@click.option("--validate-every", type=int, metavar="STEPS", help="[default: trainer.val_check_interval]")
+@click.option(
+    "--checkpoint-every",
+    type=int,
+    metavar="STEPS",
+    help="Also at the end, and when it is to stop.  [default: exp_manager's every_n_train_steps, or as validation]",
+)
+@click.option(
+    "--keep-checkpoints", type=int, metavar="K", help="The newest ones.  [default: exp_manager's save_top_k, or 2]"
+)
+@click.option(
+    "--sample-every", type=int, metavar="STEPS", help="Write a sample of text so often.  [default: at the end]"
+)
+@click.option("--prompt", help="What a sample of text begins with; without it and --sample-every there are none.")
+@click.option("--sample-tokens", type=int, default=64, show_default=True, help="Length of a sample of text.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Of its tokens; 0 takes the likeliest.")
+@click.option(
+    "--hellaswag", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Questions to score at the end."
+)
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    help="Where parameters, tokens and loss go.  [default: runs.csv in RESULTS]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train_command(as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Train for real, from a config.
+
+    Writes losses.csv, evaluations.jsonl, TensorBoard's scalars and checkpoints into the directory of the training.
+    Ctrl-C writes a checkpoint first; a second one does not wait for it. KEY=VALUE overrides any key of the config.
+    """
+    _terminate_like_ctrl_c()
+    try:
+        from hptool import train  # noqa: PLC0415 (because --help should not wait for it)
+
+        made = train.train(train.TrainRequest(**options), _say)
+        if as_json:
+            click.echo(json.dumps(made.document(), indent=2))
+        else:
+            for line in made.lines():
+                click.echo(line)
+    except HptoolError as error:
+        _fail(error)
+    except KeyboardInterrupt as interrupt:
+        click.echo("hptool: interrupted; --resume goes on from the newest checkpoint", err=True)
+        sys.exit(_SIGNALLED + (interrupt.args[0] if interrupt.args else signal.SIGINT))
 
 
 @main.command("replay")

@@ -340,12 +340,23 @@ class ModelShape:
             # In the place of an MLP: a router, the experts, and an expert that sees every token.
             width = self.expert_ffn_hidden_size
             expert = self.mlp_parameters(width) + self.has_bias * (self.mlp_inputs * width + hidden)
-            routed = self.num_experts * (hidden + expert) + self.mlp_parameters(self.shared_ffn_hidden_size)
+            router = hidden + self.has_bias
+            routed = self.num_experts * (router + expert) + self.mlp_parameters(self.shared_ffn_hidden_size)
             mlp = self.layer_parameters - self.attention_layer_parameters - 2 * self.norm_parameters
             total += self.num_expert_layers * (routed - mlp)
         embeddings = self.vocab_size * hidden * (1 if self.tied_embeddings else 2)
         positions = self.max_position_embeddings * hidden if self.learned_positions else 0
         return total + embeddings + positions + self.norm_parameters + self.head_parameters
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens of a sequence that rates count: trackers of encoder-decoders count the encoder's."""
+        return self.encoder_seq_length or self.seq_length
+
+    @property
+    def is_causal_alone(self) -> bool:
+        """Each token attends to those before it and to nothing else."""
+        return self.causal and not self.encoder_num_layers
 
     @property
     def pipeline_layers(self) -> int:

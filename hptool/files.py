@@ -11,10 +11,10 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -137,7 +137,7 @@ def parse(document: Any, kind: type[T], source: str) -> T:
     ]
     try:
         # Through JSON, because only there does strict mode take a list for a tuple.
-        value: T = _adapter(kind).validate_json(json.dumps(document, default=str), strict=True)
+        value: T = _adapter(cast("Hashable", kind)).validate_json(json.dumps(document, default=str), strict=True)
     except ValidationError as error:
         problems += [f"{source}: {line}" for line in _validation_lines(error)]
         raise InputError(*dict.fromkeys(problems)) from error

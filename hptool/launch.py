@@ -262,10 +262,30 @@ def run_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
     return slurm_parameters(cluster, nodes=run.nodes, time_limit=minutes, name=name)
 
 
-def batch_script(parameters: Mapping[str, Any], config: Path, output: Path, python: str = sys.executable) -> str:
-    """A script for sbatch that trains a config as the search's own jobs do, its logs and numbers in `output`."""
-    worker = shlex.join([python, "-u", "-m", "hptool.worker", str(config), "--output", str(output)])
-    return str(_make_sbatch_string(command=worker, folder=output, **parameters))
+def batch_script(
+    parameters: Mapping[str, Any], config: Path, output: Path, python: str = sys.executable, orders: Path | None = None
+) -> str:
+    """A script for sbatch that trains a config as the search's own jobs do, its logs and numbers in `output`.
+
+    With orders, as `hptool train` does.
+    """
+    worker = [python, "-u", "-m", "hptool.worker", str(config), "--output", str(output)]
+    if orders is not None:
+        worker += ["--orders", str(orders)]
+    return str(_make_sbatch_string(command=shlex.join(worker), folder=output, **parameters))
+
+
+def submit_script(script: Path) -> str:
+    """Hands a script to Slurm; the id of its job. LaunchError in Slurm's own words."""
+    answer = _slurm("sbatch", "--parsable", str(script))
+    if answer.returncode:
+        raise LaunchError(f"sbatch refused {script}: {_last_line(answer.stderr)}")
+    return answer.stdout.strip().partition(";")[0]
+
+
+def is_queued(job_id: str) -> bool:
+    """Slurm still means to run the job, or runs it."""
+    return job_id in _slurm("squeue", "--me", "-h", "-o", "%A").stdout.split()
 
 
 class SlurmLauncher:

@@ -173,6 +173,7 @@ _AXIS_KEYS = {
     "model.pipeline_model_parallel_size": "pp",
     "model.virtual_pipeline_model_parallel_size": "vpp",
     "model.context_parallel_size": "cp",
+    "model.expert_model_parallel_size": "ep",
     "model.micro_batch_size": "mbs",
 }
 
@@ -196,7 +197,7 @@ def pinned(space: SearchSpace, config: BaseConfig, overrides: Sequence[str]) -> 
 def _check_values(space: SearchSpace, config: BaseConfig, limits: SearchLimits) -> None:
     """A listed value that no legal layout has, whatever the other axes, is a mistake and not a rejection."""
     problems = []
-    for axis in ("tp", "pp", "vpp", "cp", "mbs"):
+    for axis in ("tp", "pp", "vpp", "cp", "ep", "mbs"):
         for value in getattr(space, axis) or ():
             if value < 1:
                 problems.append(f"--{axis}: {value} given, allowed is 1 or more")
@@ -229,7 +230,9 @@ def run_config(config: BaseConfig, layout: Layout, request: SearchRequest) -> Ba
     data-parallel communication; the global batch shrinks with the replicas.
     """
     full = config.with_layout(layout)
-    nodes = math.lcm(layout.gpus_per_replica, config.trainer.devices) // config.trainer.devices
+    # Experts are spread over the ranks of several replicas: there must be as many as hold all of them.
+    experts = layout.tp * layout.ep * layout.pp
+    nodes = math.lcm(layout.gpus_per_replica, experts, config.trainer.devices) // config.trainer.devices
     replicas = nodes * config.trainer.devices // layout.gpus_per_replica
     return replace(
         full,

@@ -25,7 +25,7 @@ from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind, Measurement, Outcome
 
 #: Held by the process that works in a results directory.
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,17 +88,18 @@ class ResultsDirectory:
             if not self._plan.exists() and self.path.exists():
                 if not self.path.is_dir():
                     raise InputError(f"{self.path}: is a file; choose another --results")
-                if any(x.name != _LOCK for x in self.path.iterdir()):
+                if any(x.name != LOCK for x in self.path.iterdir()):
                     raise InputError(f"{self.path}: is not empty and holds no search; choose another --results")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock()
+            self.close()
+            self._held = hold(self.path)
             if not self._plan.exists():
                 files.write_text(self._plan, files.json_text(plan))
                 return
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written: {error.strerror}") from error
         held = files.read_yaml(self._plan)  # JSON is YAML
-        differing = sorted(_differing(held.get("search", {}), plan["search"]))
+        differing = sorted(differences(held.get("search", {}), plan["search"]))
         if differing:
             raise InputError(
                 f"{self.path}: holds another search; it differs in {', '.join(differing[:5])}"
@@ -108,20 +109,6 @@ class ResultsDirectory:
         only_planned = not self._submissions.exists() and not self._outcomes.exists()
         if not resume and not only_planned:
             raise InputError(f"{self.path}: holds this search already; go on with --resume or choose another --results")
-
-    def _lock(self) -> None:
-        """Hold the directory for as long as this process lives; InputError where another process holds it."""
-        self._held = (self.path / _LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._held.seek(0)
-            who = self._held.read().strip() or "another process"
-            self.close()
-            raise InputError(f"{self.path}: hptool is at work in it already ({who})") from error
-        self._held.truncate(0)
-        self._held.write(f"process {os.getpid()} on {platform.node()}")
-        self._held.flush()
 
     def write_candidates(self, texts: Iterable[tuple[str, str]]) -> None:
         """`candidates/NAME.yaml` for every (name, text): all of them or none."""
@@ -194,6 +181,22 @@ class ResultsDirectory:
         return found
 
 
+def hold(directory: Path) -> TextIO:
+    """Holds a directory for as long as the file is open; InputError where another process holds it."""
+    held = (directory / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.seek(0)
+        who = held.read().strip() or "another process"
+        held.close()
+        raise InputError(f"{directory}: hptool is at work in it already ({who})") from error
+    held.truncate(0)
+    held.write(f"process {os.getpid()} on {platform.node()}")
+    held.flush()
+    return held
+
+
 def _read_lines(path: Path, kind: type[Any]) -> Iterator[Any]:
     """Every whole line of an append-only file; a line that a dying process left half-written is passed over."""
     if not path.exists():
@@ -205,10 +208,11 @@ def _read_lines(path: Path, kind: type[Any]) -> Iterator[Any]:
             continue
 
 
-def _differing(held: Any, asked: Any, prefix: str = "") -> Iterator[str]:
+def differences(held: Any, asked: Any, prefix: str = "") -> Iterator[str]:
+    """Each key at which two nested mappings differ, with both values."""
     if isinstance(held, Mapping) and isinstance(asked, Mapping):
         for key in sorted({*held, *asked}):
-            yield from _differing(held.get(key), asked.get(key), f"{prefix}.{key}" if prefix else str(key))
+            yield from differences(held.get(key), asked.get(key), f"{prefix}.{key}" if prefix else str(key))
     elif held != asked:
         yield f"{prefix} ({_short(held)} there, {_short(asked)} asked for)"
 

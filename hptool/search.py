@@ -101,6 +101,8 @@ def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> 
             "The winning config trains on synthetic tokens until model.data.data_prefix, or --data, names a .bin/.idx "
             "set or a text."
         )
+    if plan.config.model.rampup_batch_size is not None:
+        notes.append("Runs trained on the full global batch; hptool train ramps it up as model.rampup_batch_size says.")
     best = next((row.layout for row in rows if row.measurement), None)
     if best is not None:
         files.write_text(results.optimal, files.yaml_text(plan.config.with_layout(best).document()))

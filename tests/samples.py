@@ -74,7 +74,7 @@ def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
         predictions=predict(candidates.layouts, stack([(config.workload, cluster, framework)])),
         notes=notes,
         optimal_path=str(Path("results/demo/optimal.yaml")) if winner else None,
-        train_command="python -m hptool.worker results/demo/optimal.yaml" if winner else None,
+        train_command="hptool train --config results/demo/optimal.yaml" if winner else None,
     )
 
 

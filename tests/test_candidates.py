@@ -30,29 +30,42 @@ def workload(**changes: int) -> Workload:
     return Workload(shape=shape(), **(values | changes))  # type: ignore[arg-type]
 
 
-def is_legal(layout: Layout, work: Workload) -> bool:
+def is_legal(layout: Layout, work: Workload) -> bool:  # noqa: PLR0912 (as C901)
     """Megatron-core's demands, one layout at a time, as its documentation states them."""
     s, x = work.shape, layout
-    if s.num_attention_heads % x.tp or s.num_query_groups % x.tp or s.ffn_hidden_size % x.tp:
+    if s.num_attention_heads % x.tp or s.num_query_groups % x.tp:
+        return False
+    widths = [s.expert_ffn_hidden_size, s.shared_ffn_hidden_size] if s.num_experts else [s.ffn_hidden_size]
+    if any(width % x.tp for width in widths):
+        return False
+    if s.num_experts and x.tp > 1 and (s.has_bias or not work.sequence_parallel):
+        return False
+    if (s.num_experts or 1) % x.ep or work.gpus % (x.tp * x.ep * x.pp):
+        return False
+    if x.cp > 1 and (not s.causal or s.encoder_num_layers):
         return False
     if x.tp > work.gpus_per_node or work.gpus_per_node % x.tp:
         return False
-    if work.gpus % (x.tp * x.pp * x.cp) or s.num_layers % (x.pp * x.vpp):
+    all_layers = s.encoder_num_layers + s.num_layers
+    if work.gpus % (x.tp * x.pp * x.cp) or all_layers % (x.pp * x.vpp):
         return False
     if x.vpp > 1 and x.pp == 1:
         return False
     if x.cp > 1 and (s.seq_length % (2 * x.cp) or not work.flash_attention):
         return False
-    if work.sequence_parallel and x.tp > 1 and (s.seq_length // x.cp) % x.tp:
+    lengths = [s.seq_length, s.encoder_seq_length]
+    if work.sequence_parallel and x.tp > 1 and any((length // x.cp) % x.tp for length in lengths):
         return False
     dp = work.gpus // (x.tp * x.pp * x.cp)
     if work.gbs % (x.mbs * dp):
         return False
     if x.vpp > 1 and (work.gbs // (x.mbs * dp)) % x.pp:
         return False
-    layers = s.num_layers // (x.pp * x.vpp)
+    layers = all_layers // (x.pp * x.vpp)
     if x.recompute is Recompute.UNIFORM:
-        return x.recompute_num_layers >= 1 and layers % x.recompute_num_layers == 0
+        # No chunk may begin in the encoder and end in the decoder: each stage starts anew.
+        mixed = s.encoder_num_layers % layers
+        return x.recompute_num_layers >= 1 and layers % x.recompute_num_layers == mixed % x.recompute_num_layers == 0
     if x.recompute is Recompute.BLOCK:
         return 1 <= x.recompute_num_layers < layers
     return True
@@ -70,8 +83,11 @@ modes = st.sampled_from(
     pp=sizes,
     vpp=sizes,
     cp=sizes,
+    ep=sizes,
     mbs=sizes,
     recompute=st.lists(modes, min_size=1, unique=True).map(tuple),
+    kind=st.sampled_from(["gpt", "bert", "t5", "experts", "experts with biases"]),
+    sequence_parallel=st.booleans(),
     heads=st.sampled_from([8, 12, 16]),
     groups=st.sampled_from([2, 4, 8]),
     layers=st.sampled_from([4, 12, 24]),
@@ -89,10 +105,21 @@ def test_every_layout_of_the_grid_is_either_legal_or_counted(
     nodes: int,
     gpus_per_node: int,
     flash: bool,
+    kind: str,
+    sequence_parallel: bool,
     **axes: tuple[Any, ...],
 ) -> None:
+    kinds: dict[str, dict[str, int | bool]] = {
+        "gpt": {},
+        "bert": {"causal": False},
+        "t5": {"encoder_num_layers": 6, "encoder_seq_length": 36},
+        "experts": {"num_experts": 12, "expert_ffn_hidden_size": 40, "has_bias": False},
+        "experts with biases": {"num_experts": 12, "expert_ffn_hidden_size": 40, "shared_ffn_hidden_size": 36},
+    }
+    sizes = {"num_layers": layers, "num_attention_heads": heads, "num_query_groups": groups, "seq_length": 96}
     work = Workload(
-        shape=shape(num_layers=layers, num_attention_heads=heads, num_query_groups=groups, seq_length=96),
+        shape=shape(**sizes, **kinds[kind]),
+        sequence_parallel=sequence_parallel,
         gbs=gbs,
         gpus=nodes * gpus_per_node,
         gpus_per_node=gpus_per_node,
@@ -100,8 +127,8 @@ def test_every_layout_of_the_grid_is_either_legal_or_counted(
     )
     found = enumerate_layouts(SearchSpace(**axes), work, LIMITS)
     grid = [
-        Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, mbs=mbs, recompute=mode, recompute_num_layers=count or 0)
-        for tp, pp, vpp, cp, mbs, (mode, count) in itertools.product(*axes.values())
+        Layout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, mbs=mbs, recompute=mode, recompute_num_layers=count or 0)
+        for tp, pp, vpp, cp, ep, mbs, (mode, count) in itertools.product(*axes.values())
     ]
     rows = found.layouts.rows()
     assert len(set(rows)) == len(rows)
@@ -129,6 +156,49 @@ def test_an_illegal_layout_is_refused_by_name(layout: Layout, reason: str) -> No
     said = refusal(layout, workload())
     assert said is not None
     assert reason in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "reason"),
+    [
+        ({"causal": False}, Layout(cp=2), "context parallelism needs a causal model"),
+        ({"encoder_num_layers": 96, "encoder_seq_length": 512}, Layout(cp=2), "without an encoder"),
+        ({"encoder_num_layers": 8, "encoder_seq_length": 512}, Layout(pp=16, tp=8), "the 104 layers"),
+        ({"encoder_num_layers": 96, "encoder_seq_length": 516}, Layout(tp=8), "part of the sequence of 516"),
+        (
+            {"encoder_num_layers": 48, "encoder_seq_length": 512},
+            Layout(tp=8, recompute=Recompute.UNIFORM, recompute_num_layers=36),
+            "both encoder and decoder layers",
+        ),
+        ({"num_experts": 8, "expert_ffn_hidden_size": 1024}, Layout(tp=8), "experts with biases"),
+        ({"num_experts": 8, "expert_ffn_hidden_size": 1020, "has_bias": False}, Layout(tp=8), "moe_ffn_hidden_size"),
+        ({"num_experts": 6, "expert_ffn_hidden_size": 1024}, Layout(ep=4), "the 6 experts"),
+        ({"num_experts": 512, "expert_ffn_hidden_size": 1024}, Layout(pp=4, ep=512), "tp·ep·pp does not divide"),
+    ],
+)
+def test_an_illegal_layout_of_another_family_is_refused_by_name(
+    changes: dict[str, int | bool], layout: Layout, reason: str
+) -> None:
+    work = Workload(shape=shape(**changes), gbs=1536, gpus=1024, gpus_per_node=8)
+    said = refusal(layout, work)
+    assert said is not None
+    assert reason in said
+
+
+def test_experts_need_sequence_parallelism_where_they_are_split() -> None:
+    experts = shape(num_experts=8, expert_ffn_hidden_size=1024, has_bias=False)
+    work = Workload(shape=experts, gbs=1024, gpus=1024, gpus_per_node=8, sequence_parallel=False)
+    assert refusal(Layout(tp=8), work) == "experts need sequence parallelism where tp > 1"
+    assert refusal(Layout(ep=8), work) is None
+
+
+def test_stages_of_an_encoder_decoder_are_listed_for_the_layers_of_both() -> None:
+    work = Workload(
+        shape=shape(num_layers=6, encoder_num_layers=9, encoder_seq_length=512), gbs=240, gpus=120, gpus_per_node=8
+    )
+    found = enumerate_layouts(SearchSpace(tp=(1,)), work, LIMITS).layouts.rows()
+    assert {x.pp * x.vpp for x in found} == {1, 3, 5, 15}
+    assert {x.cp for x in found} == {1}
 
 
 def test_published_layouts_of_175b_can_start() -> None:

@@ -24,7 +24,9 @@ def search(tmp_path: Path, *words: str, model: str = "gpt3/tiny", cluster: str =
     return hptool("search-train", "--model", model, "--cluster", cluster, "--results", tmp_path / "run", *words)
 
 
-@pytest.mark.parametrize("command", [[], ["search-train"], ["predict"], ["replay"]])
+@pytest.mark.parametrize(
+    "command", [[], ["search-train"], ["predict"], ["replay"], ["recommend"], ["base-config"], ["train"]]
+)
 def test_help_is_frozen(command: list[str], snapshot: SnapshotAssertion) -> None:
     assert hptool(*command, "--help").output == snapshot
 
@@ -50,7 +52,7 @@ def profile(tmp_path: Path, **changes: object) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--model", "gpt3/125m"], "gpt3/125m: unknown model preset; did you mean gpt3/126m?"),
+        (["--model", "gpt3/126x"], "gpt3/126x: unknown model preset; did you mean gpt3/126m?"),
         (["--model", "/nowhere/x.yaml"], "/nowhere/x.yaml: cannot be read: No such file or directory"),
         (["--cluster", "locl"], "locl: unknown cluster profile; did you mean local?"),
         (["--nodes", "0"], "--nodes: 0 given, allowed is 1"),

@@ -103,6 +103,7 @@ def test_a_recipe_is_planned_as_a_model(name: str, tmp_path: Path) -> None:
         nodes=8,
         overrides=[
             f"model.override_vocab_size={VOCABULARIES.get(name, 51200)}",
+            "model.data.data_prefix=null",  # of ${data_dir}, which is the launcher's
             *(f"model.{key}=false" for key in needs if key in RECIPES[name]["model"]),
         ],
     )

@@ -12,8 +12,9 @@ from hptool.candidates import Layout, Layouts, Recompute, SearchSpace, Workload,
 from hptool.facts import Cluster, ModelShape
 from hptool.predict import Predictions, predict, stack
 from hptool.predict.flops import model_flops_per_step
+from hptool.predict.layer import layer_cost
 from hptool.predict.memory import Memory, predict_memory, rank_parameters, stage_memory
-from hptool.predict.parallel import Table
+from hptool.predict.parallel import Table, stage_kinds, stage_layers
 from hptool.predict.setting import Setting
 from hptool.predict.step_time import step_time_bounds
 from tests.test_candidates import LIMITS, workload
@@ -285,3 +286,49 @@ def test_one_setting_a_row_is_the_same_as_one_for_all(dgx_a100: Cluster) -> None
     each = stack([(workload(), dgx_a100, FRAMEWORKS["hptool-worker"])] * len(layouts))
     assert predict(layouts, each).step_time_s == pytest.approx(predict(layouts, one).step_time_s, rel=1e-12)
     assert predict(layouts, each).memory_gib == pytest.approx(predict(layouts, one).memory_gib, rel=1e-12)
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 4), (2, 6)])
+@pytest.mark.parametrize(("encoder", "decoder"), [(12, 12), (18, 6), (3, 21), (7, 17)])
+def test_stages_hold_the_encoders_layers_first(
+    dgx_a100: Cluster, pp: int, vpp: int, encoder: int, decoder: int
+) -> None:
+    work = Workload(
+        shape=replace(T5_220M, num_layers=decoder, encoder_num_layers=encoder), gbs=512, gpus=512, gpus_per_node=8
+    )
+    table, s = Layouts.of([Layout(pp=pp, vpp=vpp)]), setting(work, dgx_a100)
+    layers = [True] * encoder + [False] * decoder
+    chunk = len(layers) // (pp * vpp)
+    for first, stage in ((True, 0), (False, pp - 1)):
+        own = [x for k in range(vpp) for x in layers[(k * pp + stage) * chunk : (k * pp + stage + 1) * chunk]]
+        kinds = stage_kinds(table, s, first=first)
+        assert [float(x[0]) for x in kinds] == [sum(own), len(own) - sum(own)]
+
+
+def test_a_stage_of_long_encoder_layers_holds_up_the_pipeline(dgx_a100: Cluster) -> None:
+    # Half of the layers take four fifths of the tokens: the first stage takes longer than half of the model.
+    work = Workload(shape=replace(T5_220M, seq_length=128, encoder_seq_length=512), gbs=4096, gpus=512, gpus_per_node=8)
+    table, s = Layouts.of([Layout(), Layout(pp=2), Layout(pp=2, vpp=12)]), setting(work, dgx_a100)
+    whole, halves, mixed = stage_layers(table, s)
+    assert whole == pytest.approx(12)
+    assert 1.2 * 6 < halves < 1.8 * 6
+    assert mixed == pytest.approx(6, rel=0.01)
+
+
+def test_stages_hand_on_the_tokens_of_both_sequences(dgx_a100: Cluster) -> None:
+    work = Workload(shape=T5_220M, gbs=512, gpus=512, gpus_per_node=8)
+    cost = layer_cost(Layouts.of([Layout(pp=2)]), setting(work, dgx_a100))
+    assert cost.send_bytes[0] == (512 + 128) * 768 * 2
+
+
+def test_heads_and_biases_of_other_families_are_counted_once() -> None:
+    bert = replace(GPT3, causal=False, has_mlm_head=True)
+    hidden, vocabulary = GPT3.hidden_size, GPT3.vocab_size
+    mlm = hidden * hidden + hidden + 2 * hidden + vocabulary
+    assert bert.num_parameters - GPT3.num_parameters == mlm
+    # The pooler, two outputs, and two segments' embeddings.
+    pooler = hidden * hidden + hidden + 2 * hidden + 2 + 2 * hidden
+    assert replace(bert, has_binary_head=True).num_parameters - bert.num_parameters == pooler
+    plain = replace(GPT3, has_bias=False)
+    assert replace(plain, has_qkv_bias=True).num_parameters - plain.num_parameters == 96 * 3 * hidden
+    assert replace(GPT3, has_qkv_bias=True).num_parameters == GPT3.num_parameters

@@ -78,10 +78,11 @@ def test_the_winner_trains_with_the_command_that_the_report_names(results: Path,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    trained = json.loads((results / "training" / "measurement.json").read_text())
+    trained = pd.read_csv(results / "training" / "losses.csv")
     measured = outcome_lines(results)[0]["measurement"]
     assert isinstance(measured, dict)
-    assert trained["losses"] == pytest.approx(measured["losses"][:3], rel=1e-5)
+    assert list(trained.loss) == pytest.approx(measured["losses"][:3], rel=1e-5)
+    assert json.loads((results / "training" / "result.json").read_text())["stopped"] == "done"
 
 
 def test_a_run_that_needs_too_much_memory_is_one_row_among_others(results: Path, tmp_path: Path) -> None:

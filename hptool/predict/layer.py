@@ -10,7 +10,7 @@ import numpy as np
 
 from hptool.candidates import Layouts
 from hptool.predict.memory import ROUTED_COPIES
-from hptool.predict.parallel import hidden_split, padded_vocab, tokens
+from hptool.predict.parallel import encoder_tokens, hidden_split, padded_vocab, tokens
 from hptool.predict.parts import Column, choose
 from hptool.predict.setting import Setting
 
@@ -148,7 +148,7 @@ def layer_cost(t: Layouts, s: Setting) -> LayerCost:
         cp_again_s=transfer_s(keys_and_values, s, t.cp, t.tp) + latency_s(s, t.cp, t.tp),
         ep_s=_expert_exchange_s(t, s, on_rank) if np.any(s.experts) else nothing,
         head_s=head.forward_s + head.backward_s + softmax_s,
-        send_bytes=on_rank * s.hidden * e / split,
+        send_bytes=(on_rank + encoder_tokens(t, s)) * s.hidden * e / split,
         # A decoder layer beside an encoder has two attentions instead of one.
         launched_layers=nothing + 1.0 + s.encoder_layers / s.num_layers + 0.5 * (s.encoder_layers > 0),
     )

@@ -12,10 +12,11 @@ from hptool.candidates import Layouts, Recompute
 from hptool.predict.parallel import (
     Table,
     data_parallel,
+    encoder_tokens,
     hidden_split,
     microbatches,
     padded_vocab,
-    stage_layers,
+    stage_kinds,
     tokens,
 )
 from hptool.predict.parts import Column, add_up, choose
@@ -81,33 +82,49 @@ class RankParameters:
 
 
 def rank_parameters(t: Layouts, s: Setting, *, first: bool, last: bool) -> RankParameters:
-    """Parameters of one rank of a stage. A model without a pipeline is first and last stage in one."""
+    """Parameters of one rank of a stage. A model without a pipeline is first and last stage in one.
+
+    With an encoder, a stage that is neither is taken for the last one without what only that one has.
+    """
     attention = s.hidden * (2 * s.attention_width + 2 * s.kv_width)
     mlp = s.hidden * s.ffn * (s.mlp_inputs + 1)
     # Split over TP: the GEMMs of attention and MLP, and the biases of the column-parallel ones.
-    attention = (attention + s.bias * (s.attention_width + 2 * s.kv_width)) / t.tp + s.bias * s.hidden
+    attention = (attention + s.qkv_bias * (s.attention_width + 2 * s.kv_width)) / t.tp + s.bias * s.hidden
     mlp = (mlp + s.bias * s.mlp_inputs * s.ffn) / t.tp + s.bias * s.hidden
-    layers = stage_layers(t, s)
-    dense = layers * (attention + mlp + 2 * s.norm)
+    layer = attention + mlp + 2 * s.norm
+    layers = np.ceil(s.num_layers / t.pp)
+    if np.any(s.encoder_layers):
+        encoder, layers = stage_kinds(t, s, first=first)
+        cross = np.where(s.encoder_layers > 0, layers * (attention + s.norm), 0)
+        dense = (encoder + layers) * layer + cross + _has_encoder_norm(t, s, first=first, last=last) * s.norm
+    else:
+        dense = layers * layer
     experts = np.zeros(len(t))
     if np.any(s.experts):
         expert_layers = layers * s.expert_layers / s.num_layers
         shared_mlp = s.hidden * s.shared_ffn * (s.mlp_inputs + 1) / t.tp
-        dense = dense + expert_layers * (s.experts * s.hidden + shared_mlp - mlp)
+        dense = dense + expert_layers * (s.experts * (s.hidden + s.bias) + shared_mlp - mlp)
         one = s.hidden * s.expert_ffn * (s.mlp_inputs + 1) + s.bias * s.mlp_inputs * s.expert_ffn
         experts = expert_layers * s.experts / t.ep * (one / t.tp + s.bias * s.hidden)
-    if np.any(s.encoder_layers):
-        cross = np.where(s.encoder_layers > 0, layers * (attention + s.norm), 0)
-        dense = dense + cross + np.ceil(s.encoder_layers / t.pp) * (attention + mlp + 2 * s.norm)
-    table = padded_vocab(t, s) * s.hidden
+    words = padded_vocab(t, s)
+    table = words * s.hidden
     if first:
-        dense = dense + table + s.positions * s.hidden + (s.encoder_layers > 0) * s.norm
+        dense = dense + table + s.positions * s.hidden + s.binary_head * 2 * s.hidden
     if last:
         # The last stage needs its own copy of tied embeddings, unless it is the first stage too.
         dense = dense + (1 - s.tied * first) * table + s.norm
-        # Megatron-core's T5 has a bias for each word.
-        dense = dense + (s.encoder_layers > 0) * padded_vocab(t, s)
+        # Megatron-core's T5 and BERT have a bias for each word; BERT's head and pooler are on every rank of TP.
+        dense = dense + ((s.encoder_layers > 0) + s.mlm_head) * words
+        square = s.hidden * s.hidden + s.hidden
+        dense = dense + s.mlm_head * (square + s.norm) + s.binary_head * (square + 2 * s.hidden + 2)
     return RankParameters(dense=np.asarray(dense), experts=experts)
+
+
+def _has_encoder_norm(t: Layouts, s: Setting, *, first: bool, last: bool) -> Column:
+    """The stage holds the encoder's last layer, and its norm."""
+    chunk = (s.encoder_layers + s.num_layers) / (t.pp * t.vpp)
+    holder = np.floor((s.encoder_layers - 1) / chunk) % t.pp
+    return np.asarray((s.encoder_layers > 0) & (holder == (0 if first else t.pp - 1)) & (first or last))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -148,8 +165,28 @@ def stage_parameters(t: Layouts, s: Setting, *, first: bool) -> RankParameters:
 
 
 def layer_activation_bytes(t: Layouts, s: Setting) -> Column:
-    """Bytes that one layer saves for the backward pass of one microbatch, without recomputing whole layers."""
-    on_rank = tokens(t, s)
+    """Bytes that one layer saves for the backward pass of one microbatch, without recomputing whole layers.
+
+    With an encoder, one of the decoder's.
+    """
+    own = _self_attending_bytes(t, s, tokens(t, s), s.seq_length)
+    if not np.any(s.encoder_layers):
+        return own
+    # A decoder layer's cross-attention: one norm more, its queries and output, and keys and values of the encoder.
+    on_rank, e = tokens(t, s), s.element_bytes
+    cross = (s.hidden * (2 * e + s.dropout) / hidden_split(t, s) + 2 * s.attention_width * e / t.tp) * on_rank
+    cross = cross + 2 * s.kv_width * e / t.tp * encoder_tokens(t, s)
+    cross = cross + _attention_bytes(t, s, on_rank, s.encoder_seq_length)
+    return np.asarray(own + np.where(s.encoder_layers > 0, cross, 0))
+
+
+def encoder_layer_activation_bytes(t: Layouts, s: Setting) -> Column:
+    """As `layer_activation_bytes`, of a layer of the encoder."""
+    return _self_attending_bytes(t, s, encoder_tokens(t, s), s.encoder_seq_length)
+
+
+def _self_attending_bytes(t: Layouts, s: Setting, on_rank: Column, length: Column) -> Column:
+    """Of a layer that attends to its own sequence of this length, this many of its tokens on the rank."""
     e = s.element_bytes
     split = hidden_split(t, s)
     # Input and output of both norms; dropout masks of one byte behind attention and MLP. What sequence parallelism
@@ -167,20 +204,8 @@ def layer_activation_bytes(t: Layouts, s: Setting) -> Column:
     routed = routed + widths * s.shared_ffn * e / t.tp
     share = s.expert_layers / s.num_layers
     on_mlp = (1 - share) * dense + share * routed
-    attention = _attention_bytes(t, s, on_rank, s.seq_length)
     per_token = on_hidden + on_heads + on_mlp + NORM_STATISTICS_BYTES
-    own = per_token * on_rank + attention
-    if not np.any(s.encoder_layers):
-        return np.asarray(own)
-    # A decoder layer's cross-attention: one norm more, its queries and output, and keys and values of the encoder.
-    encoder_tokens = t.mbs * s.encoder_seq_length / t.cp
-    cross = (s.hidden * (2 * e + s.dropout) / split + 2 * s.attention_width * e / t.tp) * on_rank
-    cross = cross + 2 * s.kv_width * e / t.tp * encoder_tokens
-    cross = cross + _attention_bytes(t, s, on_rank, s.encoder_seq_length)
-    # The encoder's layers, shared out over those of the decoder.
-    layer = (on_hidden + on_heads + dense + NORM_STATISTICS_BYTES) * encoder_tokens
-    layer = layer + _attention_bytes(t, s, encoder_tokens, s.encoder_seq_length)
-    return np.asarray(own + np.where(s.encoder_layers > 0, cross, 0) + s.encoder_layers / s.num_layers * layer)
+    return np.asarray(per_token * on_rank + _attention_bytes(t, s, on_rank, length))
 
 
 def _attention_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Column:
@@ -199,11 +224,17 @@ def _score_bytes(t: Layouts, s: Setting, queries: Column, keys: Column) -> Colum
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Microbatch:
-    """GiB on one rank that do not depend on its stage: of a layer, its core attention, its input, the logits."""
+    """GiB on one rank that do not depend on its stage: of a layer, its core attention, its input, the logits.
+
+    The `encoder_` ones are of an encoder's layer where there is one.
+    """
 
     layer: Column
     core: Column
     layer_input: Column
+    encoder_layer: Column
+    encoder_core: Column
+    encoder_layer_input: Column
     embedding: Column
     last_norm: Column
     logits: Column
@@ -219,16 +250,29 @@ def _microbatch(t: Layouts, s: Setting) -> _Microbatch:
     others = choose(s.cp_gathers > 0, np.zeros(1), 2 * s.kv_width / t.tp * e * on_rank)
     gathered = np.where(t.cp > 1, others, 0)
     weights = s.hidden * (2 * s.attention_width + 2 * s.kv_width + (s.mlp_inputs + 1) * s.ffn) / t.tp * e
+    # The bias of ALiBi, one for all layers.
+    bias = s.alibi * s.heads / t.tp * s.seq_length * s.seq_length * e
     # Weights that are sharded are gathered a layer at a time, the next one while one computes.
     spare = 2 * (s.zero_stage >= ZERO_WEIGHTS) + s.weight_gradient_buffers
+    hidden = s.hidden * e / hidden_split(t, s) / GIB  # of one token
+    nothing = np.zeros(len(t))
+    scores, on_encoder = _score_bytes(t, s, on_rank, s.seq_length), encoder_tokens(t, s) + nothing
+    encoder_layer = encoder_scores = nothing
+    if np.any(s.encoder_layers):
+        encoder_layer = encoder_layer_activation_bytes(t, s)
+        encoder_scores = _score_bytes(t, s, on_encoder, s.encoder_seq_length)
+        scores = scores + _score_bytes(t, s, on_rank, s.encoder_seq_length)
     return _Microbatch(
         layer=layer_activation_bytes(t, s) / GIB,
-        core=np.asarray(choose(s.flash > 0, np.zeros(len(t)), _score_bytes(t, s, on_rank, s.seq_length) / GIB)),
-        layer_input=on_rank * s.hidden * e / hidden_split(t, s) / GIB,
-        embedding=s.dropout * on_rank * s.hidden / hidden_split(t, s) / GIB,
+        core=np.asarray(choose(s.flash > 0, nothing, scores / GIB)),
+        layer_input=on_rank * hidden,
+        encoder_layer=encoder_layer / GIB,
+        encoder_core=np.asarray(choose(s.flash > 0, nothing, encoder_scores / GIB)),
+        encoder_layer_input=on_encoder * hidden,
+        embedding=s.dropout * (on_rank + on_encoder) * hidden / e,
         last_norm=2 * on_rank * s.hidden * e / hidden_split(t, s) / GIB,
         logits=on_rank * width * (s.logit_bytes + (t.tp > 1) * s.gathered_logit_bytes) / GIB,
-        buffers=(gathered + spare * weights + s.table_gradient_buffer * vocab * s.hidden * e) / GIB,
+        buffers=(gathered + bias + spare * weights + s.table_gradient_buffer * vocab * s.hidden * e) / GIB,
     )
 
 
@@ -242,21 +286,31 @@ def _in_flight(t: Layouts, m: Column, *, first: bool) -> Column:
     return np.asarray(np.minimum(chunks, m * t.vpp))
 
 
-def _activations(t: Layouts, s: Setting, own: _Microbatch, in_flight: Column) -> tuple[Column, Column]:
+def _activations(t: Layouts, s: Setting, own: _Microbatch, in_flight: Column, *, first: bool) -> tuple[Column, Column]:
     """GiB that a stage keeps with this many microbatches of a chunk in flight, and that it rebuilds on the way back."""
-    layers = stage_layers(t, s) / t.vpp
+    layers, layer, layer_input, core = np.ceil(s.num_layers / t.pp), own.layer, own.layer_input, own.core
+    passing: Column | float = 0.0
+    if np.any(s.encoder_layers):
+        # The mean of the layers that the stage holds.
+        encoder, decoder = stage_kinds(t, s, first=first)
+        layers = encoder + decoder
+        # What passes by: the encoder's result, or where it is not there yet the decoder's embeddings.
+        passing = np.where(decoder > 0, own.encoder_layer_input, own.layer_input) * (s.encoder_layers > 0)
+        share = encoder / layers
+        layer = _blend(own.encoder_layer, layer, share)
+        layer_input, core = _blend(own.encoder_layer_input, layer_input, share), _blend(own.encoder_core, core, share)
+    layers = layers / t.vpp
     # A recomputed layer (or chunk of layers) keeps its input alone, and one is rebuilt at a time.
     count = np.maximum(1, t.recompute_num_layers)
     is_uniform, is_block = t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK
     # Sums of products, because a choice between columns costs more where rows are in no order.
     inputs = is_uniform * (layers / count) + is_block * count
     whole = layers - is_uniform * layers - is_block * count
-    rebuilt = (is_uniform * count + is_block) * own.layer * s.rebuilt_layers
-    layer = own.layer
+    rebuilt = (is_uniform * count + is_block) * layer * s.rebuilt_layers
     if not np.all(s.flash):  # with a flash kernel there are no scores to recompute
-        core = (t.recompute == Recompute.SELECTIVE) * own.core
-        layer, rebuilt = layer - core, rebuilt + core
-    return in_flight * (inputs * own.layer_input + whole * layer), rebuilt
+        again = (t.recompute == Recompute.SELECTIVE) * core
+        layer, rebuilt = layer - again, rebuilt + again
+    return in_flight * (inputs * layer_input + whole * layer + passing), rebuilt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -297,7 +351,7 @@ def _stages(table: Table) -> tuple[_Microbatch, _Stage, _Stage]:
     stages = []
     for first in (True, False):
         in_flight = _in_flight(t, m, first=first)
-        kept, rebuilt = _activations(t, s, own, in_flight)
+        kept, rebuilt = _activations(t, s, own, in_flight, first=first)
         # The mask of the embedding's dropout, and input and output of the last norm.
         kept = kept + (in_flight / t.vpp * own.embedding if first else own.last_norm)
         logits = own.logits * (t.pp == 1) if first else own.logits

@@ -24,8 +24,13 @@ def microbatches(t: Layouts, s: Setting) -> Column:
 
 
 def tokens(t: Layouts, s: Setting) -> Column:
-    """Tokens of a microbatch on one rank of context parallelism."""
+    """Tokens of a microbatch on one rank of context parallelism: the decoder's where there is an encoder."""
     return np.asarray(t.mbs * s.seq_length / t.cp)
+
+
+def encoder_tokens(t: Layouts, s: Setting) -> Column:
+    """Tokens of a microbatch in the encoder, on one rank of context parallelism."""
+    return np.asarray(t.mbs * s.encoder_seq_length / t.cp)
 
 
 def hidden_split(t: Layouts, s: Setting) -> Column:
@@ -34,8 +39,45 @@ def hidden_split(t: Layouts, s: Setting) -> Column:
 
 
 def stage_layers(t: Layouts, s: Setting) -> Column:
-    """Layers of the largest stage."""
-    return np.ceil(s.num_layers / t.pp)
+    """Decoder layers of the largest stage, each with its share of an encoder's.
+
+    Stages are cut from the layers of both, the encoder's first, so that one of encoder layers alone may take longer
+    than the mean: as many layers as would take as long.
+    """
+    layers = np.ceil(s.num_layers / t.pp)
+    if not np.any(s.encoder_layers):
+        return layers
+    encoder_layer, decoder_layer = _layer_flops(s)
+    mean = (s.encoder_layers * encoder_layer + s.num_layers * decoder_layer) / t.pp
+    stages = [
+        kinds[0] * encoder_layer + kinds[1] * decoder_layer
+        for kinds in (stage_kinds(t, s, first=x) for x in (True, False))
+    ]
+    return np.where(s.encoder_layers > 0, s.num_layers / t.pp * np.maximum(*stages) / mean, layers)
+
+
+def stage_kinds(t: Layouts, s: Setting, *, first: bool) -> tuple[Column, Column]:
+    """Encoder and decoder layers on a rank of the first stage, or of the last; of all its chunks where it has several.
+
+    Chunk k of stage i holds the layers that follow those of the k·pp + i chunks before it.
+    """
+    layers = s.encoder_layers + s.num_layers
+    chunk = layers / (t.pp * t.vpp)
+    rounds = np.floor(s.encoder_layers / (t.pp * chunk))
+    before = 0.0 if first else (t.pp - 1) * chunk
+    begun = np.clip(s.encoder_layers - rounds * t.pp * chunk - before, 0.0, chunk)
+    encoder = np.asarray(rounds * chunk + begun)
+    return encoder, np.asarray(np.where(s.encoder_layers > 0, layers / t.pp - encoder, np.ceil(s.num_layers / t.pp)))
+
+
+def _layer_flops(s: Setting) -> tuple[Column, Column]:
+    """Multiplications of an encoder layer's and a decoder layer's GEMMs for one sequence."""
+    inputs = s.hidden * (s.attention_width + 2 * s.kv_width)
+    attention, mlp = inputs + s.hidden * s.attention_width, (s.mlp_inputs + 1) * s.hidden * s.ffn
+    keys_and_values = 2 * s.hidden * s.kv_width
+    encoder = s.encoder_seq_length * (attention + mlp)
+    decoder = s.seq_length * (2 * attention - keys_and_values + mlp) + s.encoder_seq_length * keys_and_values
+    return encoder, decoder
 
 
 def padded_vocab(t: Layouts, s: Setting) -> Column:
@@ -61,7 +103,9 @@ class Table:
     def of(cls, t: Layouts, s: Setting) -> Self:
         """With a setting of its own for each row, each row stands for itself."""
         microbatch = _combinations(t, s, ("tp", "cp", "ep", "mbs"))
-        step = _combinations(t, s, ("tp", "pp", "cp", "ep"))
+        # Chunks decide which of an encoder's and a decoder's layers a rank holds.
+        chunks = ("vpp",) if np.any(s.encoder_layers) else ()
+        step = _combinations(t, s, ("tp", "pp", "cp", "ep", *chunks))
         # Floats once, because NumPy casts an integer column anew in every formula.
         numbers: dict[str, Any] = {axis: getattr(t, axis).astype(np.float64) for axis in AXES}
         return cls(layouts=Layouts(**numbers), setting=s, microbatch=microbatch, step=step)

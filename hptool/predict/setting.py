@@ -56,6 +56,9 @@ class Setting:
     causal: Column
     norm: Column
     bias: Column
+    qkv_bias: Column
+    mlm_head: Column
+    binary_head: Column
     experts: Column
     experts_per_token: Column
     expert_ffn: Column
@@ -69,6 +72,7 @@ class Setting:
     gpus_per_node: Column
     sequence_parallel: Column
     flash: Column
+    alibi: Column
     dropout: Column
     overlap_grad_sync: Column
     overlap_param_sync: Column
@@ -149,8 +153,7 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "attention_width": shape.attention_width,
         "kv_width": shape.kv_width,
         "seq_length": shape.seq_length,
-        # Trackers of encoder-decoders count the encoder's.
-        "tokens_per_sequence": shape.encoder_seq_length or shape.seq_length,
+        "tokens_per_sequence": shape.tokens_per_sequence,
         "vocab": shape.vocab_size,
         "vocab_divisor": work.vocab_divisor,
         "tied": shape.tied_embeddings,
@@ -158,6 +161,9 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "causal": shape.causal,
         "norm": shape.norm_parameters,
         "bias": shape.has_bias,
+        "qkv_bias": shape.has_bias or shape.has_qkv_bias,
+        "mlm_head": shape.has_mlm_head,
+        "binary_head": shape.has_binary_head,
         "experts": shape.num_experts,
         "experts_per_token": shape.experts_per_token,
         "expert_ffn": shape.expert_ffn_hidden_size,
@@ -171,6 +177,7 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "sequence_parallel": work.sequence_parallel,
         # torch's flash kernel for CPUs knows no dropout and gives way to plain GEMMs.
         "flash": work.flash_attention and not (gpu.device == "cpu" and work.dropout),
+        "alibi": work.alibi,
         "dropout": work.dropout,
         "overlap_grad_sync": work.overlap_grad_sync,
         "overlap_param_sync": work.overlap_param_sync,

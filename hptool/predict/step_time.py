@@ -129,6 +129,7 @@ def _stage(table: Table) -> _Stage:
     layers = stage_layers(t, s)
     # What recomputation runs a second time, in layers.
     block = (t.recompute == Recompute.BLOCK) * t.recompute_num_layers * t.vpp
+    block = block * s.num_layers / (s.num_layers + s.encoder_layers)  # those of an encoder among them
     again = (t.recompute == Recompute.UNIFORM) * layers + block
     selective = (t.recompute == Recompute.SELECTIVE) * layers
     return _Stage(

@@ -5,7 +5,6 @@ Under torchrun (RANK and WORLD_SIZE are set) this is one rank. Otherwise it is t
 """
 
 import json
-import math
 import os
 import signal
 import sys
@@ -16,11 +15,11 @@ import click
 
 from hptool import files
 from hptool.base_config import BaseConfig
-from hptool.errors import InputError
+from hptool.errors import HptoolError, InputError
 from hptool.measurement import Measurement
-from hptool.units import SECONDS_PER_MINUTE
-from hptool.worker import outcome, supervisor
+from hptool.worker import full_training, outcome, supervisor
 from hptool.worker.nodes import Place, this_node
+from hptool.worker.orders import Orders, minutes_of
 from hptool.worker.processes import Heartbeats
 from hptool.worker.refusals import refuse_impossible
 
@@ -37,17 +36,26 @@ _TELL_S = 5.0
     metavar="DIR",
     help="Where measurement.json or failure-rankN.json and the ranks' logs go.  [default: here]",
 )
-def main(config_path: str, overrides: tuple[str, ...], output: str) -> None:
+@click.option(
+    "--orders",
+    metavar="FILE.json",
+    help="Train for real as it says, from the newest checkpoint in the output directory; hptool train writes it.",
+)
+def main(config_path: str, overrides: tuple[str, ...], output: str, orders: str | None) -> None:
     """Train from CONFIG.yaml (NeMo-Megatron's keys) on this node's devices, and time it."""
     try:
         document = files.apply_overrides(files.read_config_yaml(Path(config_path)), overrides, config_path)
         config = files.parse(document, BaseConfig, config_path)
         refuse_impossible(config, config_path)
+        given = files.read(Path(orders), Orders) if orders else None
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            code = _run_as_one_rank(config, Path(output))
+            code = _run_as_one_rank(config, Path(output), given)
+        elif given is not None:
+            full_training.run(Path(output), config, given, lambda message: click.echo(message, err=True))
+            code = 0
         else:
             code = _supervise(config, config_path, Path(output))
-    except InputError as error:
+    except HptoolError as error:
         click.echo(error, err=True)
         code = error.exit_code
     sys.exit(code)
@@ -55,7 +63,7 @@ def main(config_path: str, overrides: tuple[str, ...], output: str) -> None:
 
 def _supervise(config: BaseConfig, config_path: str, directory: Path) -> int:
     node = this_node(config.trainer.num_nodes)
-    max_minutes = _minutes(config.trainer.max_time)
+    max_minutes = minutes_of(config.trainer.max_time)
     job = supervisor.NodeJob(config_path=config_path, run_directory=str(directory), max_minutes=max_minutes)
     click.echo(f"{config.trainer.devices} ranks on this node; their logs: {(directory / 'logs').absolute()}", err=True)
     if node.index == 0 and not config.model.data.data_prefix:
@@ -96,13 +104,13 @@ class _Teller:
             click.echo(line, err=True)
 
 
-def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:
+def _run_as_one_rank(config: BaseConfig, directory: Path, orders: Orders | None) -> int:
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size != config.gpus:
         raise InputError(
             f"WORLD_SIZE: {world_size} given, allowed is trainer.num_nodes · trainer.devices ({config.gpus})"
         )
-    run_rank = supervisor.load_framework(config.trainer.accelerator)
+    run_rank = supervisor.load_framework(config.trainer.accelerator, orders)
     place = Place(
         rank=int(os.environ["RANK"]),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
@@ -113,17 +121,6 @@ def _run_as_one_rank(config: BaseConfig, directory: Path) -> int:
     if place.rank == 0:
         outcome.clear(directory)
     return run_rank(config, place, Heartbeats(place.local_rank + 1))
-
-
-def _minutes(max_time: str | None) -> float:
-    """Lightning's DD:HH:MM:SS; without limit where there is none."""
-    if max_time is None:
-        return math.inf
-    try:
-        days, hours, minutes, seconds = (int(part) for part in max_time.split(":"))
-    except ValueError as error:
-        raise InputError(f"trainer.max_time: {max_time!r} given, allowed is DD:HH:MM:SS") from error
-    return ((days * 24 + hours) * 60 + minutes) + seconds / SECONDS_PER_MINUTE
 
 
 if __name__ == "__main__":

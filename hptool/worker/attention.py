@@ -14,11 +14,42 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
 
-class SdpaAttention(torch.nn.Module):
-    """Causal self-attention of one layer, in place of `DotProductAttention`.
+class AlibiBias:
+    """Positions as a bias on the scores of causal attention (Press et al. 2021, arXiv:2108.12409), for a TP rank.
 
-    With context parallelism each rank holds two chunks of the sequence (see `batches.zigzag`); keys and values of all
-    ranks are gathered, and each chunk of queries attends to what comes before it.
+    One object serves all layers of a model, so that the bias of the longest sequence is there once.
+    """
+
+    def __init__(self, num_heads: int, group: torch.distributed.ProcessGroup) -> None:
+        own = num_heads // group.size()
+        self._slopes = alibi_slopes(num_heads)[group.rank() * own : (group.rank() + 1) * own]
+        self._bias: torch.Tensor | None = None
+
+    def __call__(self, query: torch.Tensor) -> torch.Tensor:
+        """[1, heads, s, s] for queries [b, heads, s, d]: minus slope · distance, and no look ahead."""
+        length = query.size(2)
+        if self._bias is None or self._bias.size(2) != length or self._bias.device != query.device:
+            places = torch.arange(length, device=query.device, dtype=torch.float32)
+            distance = places[:, None] - places[None, :]
+            slopes = torch.tensor(self._slopes, device=query.device)[:, None, None]
+            bias = (-slopes * distance).masked_fill(distance < 0, -math.inf)
+            self._bias = bias[None].to(query.dtype)
+        return self._bias
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The geometric sequence of the paper; with a number of heads that is no power of two, filled up by its recipe."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    return slopes + [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)]
+
+
+class SdpaAttention(torch.nn.Module):
+    """Attention of one layer without padding, in place of `DotProductAttention`: causal, over all keys, or with ALiBi.
+
+    With context parallelism, which is for causal attention, each rank holds two chunks of the sequence (see
+    `batches.zigzag`); keys and values of all ranks are gathered, and each chunk of queries attends to what comes
+    before it.
 
     `apply_query_key_layer_scaling` has no effect: Megatron divides the scores by the layer's number and multiplies
     them again within the softmax, for the range of fp16, which no config here uses.
@@ -34,15 +65,18 @@ class SdpaAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        alibi: AlibiBias | None = None,
     ) -> None:
         super().__init__()
         del layer_number, attention_type, cp_comm_type
-        if attn_mask_type is not AttnMaskType.causal:
-            msg = f"SdpaAttention is causal, {attn_mask_type} asked for"
-            raise ValueError(msg)
+        self._causal: bool = attn_mask_type is AttnMaskType.causal
+        self._alibi = alibi
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self._context_group = groups.cp
         self._context_size: int = config.context_parallel_size
+        if self._context_size > 1 and (alibi or not self._causal):
+            msg = "context parallelism is for causal attention without ALiBi"
+            raise ValueError(msg)
         self._sequence_parallel: bool = config.sequence_parallel
         self._dropout: float = config.attention_dropout if attention_dropout is None else attention_dropout
         self._scale: float = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -79,12 +113,15 @@ class SdpaAttention(torch.nn.Module):
         )
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of queries that are the last ones of the keys' sequence."""
+        """Attention of queries that, where it is causal, are the last ones of the keys' sequence."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         dropout = self._dropout if self.training else 0.0
+        bias = self._alibi(query) if self._alibi else None
 
         def attend() -> torch.Tensor:
-            return causal_attention(query, key, value, dropout=dropout, scale=self._scale)
+            return fused_attention(
+                query, key, value, causal=self._causal, bias=bias, dropout=dropout, scale=self._scale
+            )
 
         if dropout and not self._sequence_parallel:  # as DotProductAttention: ranks of a tensor group differ
             with tensor_parallel.get_cuda_rng_tracker().fork():
@@ -94,23 +131,36 @@ class SdpaAttention(torch.nn.Module):
         return context.permute(2, 0, 1, 3)
 
 
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scale: float
+def fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool,
+    bias: torch.Tensor | None,
+    dropout: float,
+    scale: float,
 ) -> torch.Tensor:
-    """Attention by torch's fused kernels, [b, heads, s, d], of queries that are the last ones of the keys' sequence."""
+    """Attention by torch's fused kernels, [b, heads, s, d]; causal queries are the last ones of the keys' sequence.
+
+    A bias on the scores, which has to hide what comes later itself, rules out flash kernels and not fused ones.
+    """
     grouped = query.size(1) != key.size(1)
     if grouped and not query.is_cuda:  # the CPU's flash kernel takes as many key heads as query heads
         repeats = query.size(1) // key.size(1)
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
         grouped = False
     whole = query.size(2) == key.size(2)
+    mask = bias
+    if causal and bias is None and not whole:
+        mask = causal_lower_right(query.size(2), key.size(2))
     return torch.nn.functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=None if whole else causal_lower_right(query.size(2), key.size(2)),
+        attn_mask=mask,
         dropout_p=dropout,
-        is_causal=whole,
+        is_causal=causal and mask is None,
         scale=scale,
         enable_gqa=grouped,
     )
@@ -131,15 +181,46 @@ def _in_sequence(x: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([pairs[:, 0].flatten(0, 1), pairs[:, 1].flip(0).flatten(0, 1)])
 
 
-class LocalNorm:
-    """Makes torch's LayerNorm; Megatron's `WrappedTorchNorm` does too, but refuses sequence parallelism.
+class _ZeroCentredLayerNorm(torch.nn.LayerNorm):
+    """A LayerNorm that stores its weight less one, so that weight decay and few bits pull it towards one."""
 
-    What it lacks is the mark on the parameters by which Megatron adds up their gradients over the tensor group.
+    def reset_parameters(self) -> None:
+        """The identity."""
+        super().reset_parameters()
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As LayerNorm."""
+        return torch.nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class _ZeroCentredRmsNorm(torch.nn.RMSNorm):
+    """As `_ZeroCentredLayerNorm`."""
+
+    def reset_parameters(self) -> None:
+        """The identity."""
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As RMSNorm."""
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight + 1, self.eps)
+
+
+class LocalNorm:
+    """Makes torch's norms; Megatron's `WrappedTorchNorm` does too, but refuses sequence parallelism.
+
+    What it lacks is the mark on the parameters by which Megatron adds up their gradients over the tensor group. It
+    refuses zero-centred weights as well.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.LayerNorm:  # type: ignore[misc]
-        """A LayerNorm of `hidden_size`."""
-        norm = torch.nn.LayerNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:  # type: ignore[misc]
+        """The norm of the config for `hidden_size`."""
+        kinds: dict[str, tuple[type[torch.nn.Module], type[torch.nn.Module]]] = {
+            "LayerNorm": (torch.nn.LayerNorm, _ZeroCentredLayerNorm),
+            "RMSNorm": (torch.nn.RMSNorm, _ZeroCentredRmsNorm),
+        }
+        kind = kinds[config.normalization][bool(config.layernorm_zero_centered_gamma)]
+        norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

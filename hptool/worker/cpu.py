@@ -7,6 +7,7 @@ tensor with device="cuda". With them tensor, pipeline, data and context parallel
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ def stand_in_for_cuda() -> None:
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "manual_seed_all": lambda _: None,
         "get_rng_state": lambda *_: torch.get_rng_state(),
+        # Tokens are sent to their experts by numbers that a stream beside the first one copies to the host.
+        "Stream": _Stream,
+        "stream": lambda _: nullcontext(),
     }
     for name, stand_in in stand_ins.items():
         setattr(torch.cuda, name, stand_in)
@@ -41,14 +45,71 @@ def stand_in_for_cuda() -> None:
 
 
 @functools.cache
-def drive_megatron_rng() -> None:
-    """Megatron's random-number trackers take their states from the CPU's generator. To be called after its import."""
+def drive_megatron() -> None:
+    """Makes Megatron-core take random states and numbers of tokens from the CPU. To be called after its import."""
     from megatron.core.tensor_parallel import random as megatron_random  # noqa: PLC0415 (after stand_in_for_cuda)
+    from megatron.core.transformer.moe import token_dispatcher  # noqa: PLC0415 (as above)
 
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # noqa: SLF001 (there is no hook)
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)  # noqa: SLF001 (as above)
     # It warns when the CPU's generator moves inside a fork of the GPU's: here that is the point.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+    # Collectives want lists of numbers, which it makes of CUDA tensors alone.
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numbers
+    # Ranks of a tensor group hold different numbers of tokens for an expert, which NCCL gathers and gloo does not.
+    distributed: Any = torch.distributed
+    distributed.all_gather = _gathering_unequal(distributed.all_gather)
+    distributed.reduce_scatter = _scattering_unequal(distributed.reduce_scatter)
+
+
+def _as_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:  # noqa: FBT001, FBT002 (Megatron's signature)
+    del record_stream
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gathering_unequal(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: Any = None, **options: Any) -> Any:
+        if _are_equal(parts):
+            return original(parts, own, group=group, **options)
+        parts[torch.distributed.get_rank(group)].copy_(own)
+        for i, part in enumerate(parts):
+            torch.distributed.broadcast(part, group=group, group_src=i)
+        return None
+
+    return all_gather
+
+
+def _scattering_unequal(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], group: Any = None, **options: Any) -> Any:
+        if _are_equal(parts):
+            return original(own, parts, group=group, **options)
+        parts = [part.clone() for part in parts]
+        for i, part in enumerate(parts):
+            torch.distributed.reduce(part, group=group, group_dst=i)
+        own.copy_(parts[torch.distributed.get_rank(group)])
+        return None
+
+    return reduce_scatter
+
+
+def _are_equal(parts: list[torch.Tensor]) -> bool:
+    return len({part.shape for part in parts}) == 1
+
+
+class _Stream:
+    """A CUDA stream and its event in one, on which everything has happened already."""
+
+    def wait_stream(self, stream: object) -> None:
+        """At once."""
+
+    def record_event(self) -> "_Stream":
+        """An event that is over."""
+        return self
+
+    def synchronize(self) -> None:
+        """At once."""
 
 
 def _not_compiled(function: Callable[..., Any] | None = None, **_: object) -> Callable[..., Any]:
@@ -62,6 +123,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)  # there is no device to copy to (rotary positions with context parallelism)
         return factory(*args, **kwargs)
 
     return make

@@ -1,4 +1,4 @@
-"""Training samples: synthetic, or cut from tokenised `.bin/.idx` sets. The same for every layout.
+"""Samples for training and validation: synthetic, or of `.bin/.idx` sets and texts. The same for every layout.
 
 A sample is named by its number in the whole training (step · global batch + place in the batch), so that it does not
 matter which rank asks for it. Nothing is written, not even an index beside the data: candidates run side by side, and
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.nemo_keys import DataSection
+from hptool.worker import masking, text
 
 Tokens = NDArray[np.int64]
 
@@ -46,40 +47,64 @@ class SyntheticSamples:
         return (self.vocab_size * uniform**2).astype(np.int64)
 
 
-class IndexedSamples:
-    """The training part of a tokenised set, as consecutive samples in shuffled order, over and over."""
+class Tokens1d(Protocol):
+    """A long row of tokens."""
 
-    def __init__(self, prefix: str, *, train_fraction: float, seq_length: int, seed: int, source: str) -> None:
+    def read(self, start: int, count: int) -> Tokens:
+        """So many tokens from `start` on."""
+        ...
+
+    def cut(self, part: float) -> int:
+        """How many tokens are the first `part` of it, from 0 to 1."""
+        ...
+
+
+class IndexedTokens:
+    """A tokenised set, whose documents lie one behind the other."""
+
+    def __init__(self, prefix: str, source: str) -> None:
         for path in (get_idx_path(prefix), get_bin_path(prefix)):
             if not Path(path).is_file():
                 raise InputError(f"{source}: {prefix!r} given, but there is no file {path}")
         self._set = IndexedDataset(prefix)
+        self._dtype = np.dtype(self._set.index.dtype)
+
+    def read(self, start: int, count: int) -> Tokens:
+        """As `Tokens1d.read`."""
+        tokens = self._set.bin_reader.read(dtype=self._dtype, count=count, offset=start * self._dtype.itemsize)
+        return np.asarray(tokens, dtype=np.int64)
+
+    def cut(self, part: float) -> int:
+        """As `Tokens1d.cut`, in whole documents."""
+        documents = round(len(self._set.index) * part)
+        return int(self._set.index.sequence_lengths[:documents].sum(dtype=np.int64))
+
+
+class Pieces:
+    """Consecutive samples of the tokens from `start` to `stop`, over and over; with a seed in shuffled order."""
+
+    def __init__(self, tokens: Tokens1d, start: int, stop: int, seq_length: int, seed: int | None = None) -> None:
+        self._tokens = tokens
+        self._start = start
         self._seq_length = seq_length
-        index = self._set.index
-        self._dtype = np.dtype(index.dtype)
-        documents = round(len(index) * train_fraction)
-        # Documents lie in the file one behind the other, so a sample is a piece of the file.
-        tokens = int(index.sequence_lengths[:documents].sum(dtype=np.int64))
-        self._samples = (tokens - 1) // seq_length
-        if self._samples < 1:
-            raise InputError(f"{source}: {prefix!r} given, but its {tokens} training tokens are fewer than one sample")
-        # n -> (n·stride + start) mod samples meets every sample once in each round, if they have no common divisor.
-        draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
-        self._start = int(draw.integers(self._samples))
-        self._stride = _coprime(int(draw.integers(self._samples)), self._samples)
+        self.count = max(0, (stop - start - 1) // seq_length)
+        self._first, self._stride = 0, 1
+        if seed is not None and self.count:
+            # n -> (n·stride + first) mod count meets every sample once in each round, if they have no common divisor.
+            draw = np.random.Generator(np.random.Philox(key=[seed, 0]))
+            self._first = int(draw.integers(self.count))
+            self._stride = _coprime(int(draw.integers(self.count)), self.count)
 
     def sample(self, number: int) -> Tokens:
         """As `Samples.sample`."""
-        place = (number * self._stride + self._start) % self._samples
-        offset = place * self._seq_length * self._dtype.itemsize
-        tokens = self._set.bin_reader.read(dtype=self._dtype, count=self._seq_length + 1, offset=offset)
-        return np.asarray(tokens, dtype=np.int64)
+        place = (number * self._stride + self._first) % self.count
+        return self._tokens.read(self._start + place * self._seq_length, self._seq_length + 1)
 
 
 class BlendedSamples:
     """Several sets, mixed by weight and evenly."""
 
-    def __init__(self, sets: list[IndexedSamples], weights: list[float]) -> None:
+    def __init__(self, sets: list[Pieces], weights: list[float]) -> None:
         self._sets = sets
         self._bounds = np.cumsum(weights) / sum(weights)
 
@@ -89,19 +114,81 @@ class BlendedSamples:
         return self._sets[min(which, len(self._sets) - 1)].sample(number)
 
 
+class JoinedSamples:
+    """The samples of several sets, one set after the other, over and over."""
+
+    def __init__(self, sets: list[Pieces]) -> None:
+        self._sets = sets
+        self._ends = np.cumsum([pieces.count for pieces in sets])
+
+    def sample(self, number: int) -> Tokens:
+        """As `Samples.sample`."""
+        place = number % int(self._ends[-1])
+        which = int(np.searchsorted(self._ends, place, side="right"))
+        return self._sets[which].sample(place - int(self._ends[which]) + self._sets[which].count)
+
+
 def samples_of(config: BaseConfig) -> Samples:
     """What the config trains on. InputError where its files are missing or too small."""
-    data, seed = config.model.data, config.model.seed
+    seed, length = config.model.seed, _seq_length(config)
+    if not config.model.data.data_prefix:
+        return SyntheticSamples(seed=seed, vocab_size=config.shape.vocab_size, seq_length=length)
+    sets, weights = [], []
+    train, _ = _parts(config.model.data)
+    for weight, prefix in _weighted_prefixes(config.model.data):
+        tokens = _tokens_of(prefix, config)
+        stop = tokens.cut(train)
+        pieces = Pieces(tokens, 0, stop, length, seed)
+        if not pieces.count:
+            raise InputError(f"{_PREFIX}: {prefix!r} given, but its {stop} training tokens are fewer than one sample")
+        sets.append(pieces)
+        weights.append(weight)
+    return sets[0] if len(sets) == 1 else BlendedSamples(sets, weights)
+
+
+def validation_samples_of(config: BaseConfig) -> tuple[Samples, int]:
+    """What the training does not see: the second part of each set, in its order; and how many samples there are."""
+    data, length = config.model.data, _seq_length(config)
     if not data.data_prefix:
-        return SyntheticSamples(seed=seed, vocab_size=config.shape.vocab_size, seq_length=data.seq_length)
-    weighted = _weighted_prefixes(data)
-    fraction = _train_fraction(data)
-    source = "model.data.data_prefix"
-    sets = [
-        IndexedSamples(prefix, train_fraction=fraction, seq_length=data.seq_length, seed=seed, source=source)
-        for _, prefix in weighted
-    ]
-    return sets[0] if len(sets) == 1 else BlendedSamples(sets, [weight for weight, _ in weighted])
+        synthetic = SyntheticSamples(seed=config.model.seed, vocab_size=config.shape.vocab_size, seq_length=length)
+        return _Later(synthetic), _SYNTHETIC_BATCHES * config.model.global_batch_size
+    train, validation = _parts(data)
+    sets = []
+    for _, prefix in _weighted_prefixes(data):
+        tokens = _tokens_of(prefix, config)
+        sets.append(Pieces(tokens, tokens.cut(train), tokens.cut(validation), length))
+    joined = JoinedSamples(sets)
+    return joined, sum(pieces.count for pieces in sets)
+
+
+#: Synthetic samples from this number on are for validation, no training gets so far; and how many of them there are.
+_LATER = 2**32
+_SYNTHETIC_BATCHES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    samples: Samples
+
+    def sample(self, number: int) -> Tokens:
+        return self.samples.sample(number + _LATER)
+
+
+_PREFIX = "model.data.data_prefix"
+
+
+def _seq_length(config: BaseConfig) -> int:
+    """From one sample to the next in a set; a sample has one token more."""
+    return masking.tokens_read(config) - 1
+
+
+def _tokens_of(prefix: str, config: BaseConfig) -> Tokens1d:
+    """A tokenised set; or a text, which is tokenised here."""
+    if not text.is_text(prefix):
+        return IndexedTokens(prefix, _PREFIX)
+    tokenizer = text.tokenizer_of(config)
+    text.check_text(Path(prefix))
+    return text.TextTokens(Path(prefix), tokenizer)
 
 
 def _weighted_prefixes(data: DataSection) -> list[tuple[float, str]]:
@@ -127,15 +214,15 @@ def _number(part: str | float) -> float | None:
         return None
 
 
-def _train_fraction(data: DataSection) -> float:
-    """The first of the three parts, as Megatron reads `splits_string`."""
+def _parts(data: DataSection) -> tuple[float, float]:
+    """Where training and validation end, from 0 to 1: the parts of `splits_string`, as Megatron reads it."""
     try:
         parts = [float(part) for part in data.splits_string.split(",")]
     except ValueError:
         parts = []
     if not parts or min(parts) < 0 or parts[0] == 0:
         raise InputError(f"model.data.splits_string: {data.splits_string!r} given, allowed are parts such as 99990,8,2")
-    return parts[0] / sum(parts)
+    return parts[0] / sum(parts), sum(parts[:2]) / sum(parts)
 
 
 def _coprime(start: int, n: int) -> int:

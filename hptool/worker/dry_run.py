@@ -117,13 +117,18 @@ def _refuse(config: BaseConfig, pp_rank: int, source: str) -> None:
     plain_attention = not model.use_flash_attention and config.precision == "bf16"
     apex = {
         "gradient_accumulation_fusion": model.gradient_accumulation_fusion,
-        "masked_softmax_fusion": model.masked_softmax_fusion and plain_attention,
+        "masked_softmax_fusion": config.stack.masked_softmax_fusion and plain_attention,
     }
     problems = [
         f"{source}: model.{key}: True given, allowed in a dry run is False (a CUDA kernel of Apex)"
         for key, needed in apex.items()
         if needed
     ]
+    if shape.num_experts:
+        problems.append(
+            f"{source}: model.num_moe_experts: {shape.num_experts} given, allowed in a dry run is null "
+            "(which tokens go to which expert is not known without computing)"
+        )
     if model.use_flash_attention:
         # With other heads torch takes neither of its fused kernels as they are, but pads or computes plainly.
         if shape.kv_channels % 8 or shape.kv_channels > _LARGEST_HEAD:
@@ -131,9 +136,10 @@ def _refuse(config: BaseConfig, pp_rank: int, source: str) -> None:
                 f"{source}: model.kv_channels: {shape.kv_channels} given, allowed in a dry run with flash attention "
                 f"is a multiple of 8 up to {_LARGEST_HEAD}"
             )
-        if config.precision == "fp32" and shape.num_query_groups != shape.num_attention_heads:
+        if (config.precision == "fp32" or config.is_alibi) and shape.num_query_groups != shape.num_attention_heads:
+            case = "with ALiBi" if config.is_alibi else "in fp32"
             problems.append(
-                f"{source}: model.num_query_groups: {shape.num_query_groups} given, allowed in a dry run in fp32 is "
+                f"{source}: model.num_query_groups: {shape.num_query_groups} given, allowed in a dry run {case} is "
                 f"model.num_attention_heads ({shape.num_attention_heads})"
             )
     if problems:

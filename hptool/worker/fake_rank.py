@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.fusions import fused_bias_dropout, fused_bias_gelu
-from megatron.core.models.gpt import GPTModel
+from megatron.core.fusions import fused_bias_dropout, fused_bias_geglu, fused_bias_gelu, fused_bias_swiglu
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
 from megatron.core.utils import unwrap_model
@@ -37,12 +37,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
-from hptool.worker import attention, cpu
+from hptool.worker import attention, batches, cpu
 from hptool.worker.batches import Microbatch
 from hptool.worker.rank import divide
 from hptool.worker.training import Training
 
 _CPU = torch.device("cpu")
+
+#: Functions of Megatron-core that torch.compile fuses.
+_COMPILED = {
+    fused_bias_gelu: "bias_gelu bias_gelu_back",
+    fused_bias_geglu: "geglu bias_geglu geglu_back bias_geglu_back",
+    fused_bias_swiglu: "swiglu bias_swiglu swiglu_back bias_swiglu_back",
+    fused_bias_dropout: "bias_dropout_add_fused_train",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +104,13 @@ class Ledger(TorchDispatchMode):
         """The function, whose intermediate tensors never count towards the peak: a compiler fuses them away."""
 
         def run(*args: Any) -> Any:
-            self._in_kernel = True
+            outer, self._in_kernel = self._in_kernel, True
             try:
                 answer = function(*args)
             finally:
-                self._in_kernel = False
-            self.peak = max(self.peak, self.live)
+                self._in_kernel = outer
+            if not outer:
+                self.peak = max(self.peak, self.live)
             return answer
 
         return run
@@ -139,7 +148,7 @@ def trace(config: BaseConfig, pp_rank: int, num_microbatches: int) -> Trace:
 @contextmanager
 def _as_rank(config: BaseConfig, pp_rank: int) -> Iterator[None]:
     """Within, this process is the first rank of a pipeline stage, and all others are said to be there."""
-    cpu.drive_megatron_rng()
+    cpu.drive_megatron()
     # Megatron numbers the ranks so that those of a stage follow one another.
     rank = pp_rank * (config.gpus // config.layout.pp)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=config.gpus)
@@ -168,15 +177,14 @@ def _stand_ins(ledger: Ledger) -> Iterator[None]:
         (torch.nn.Module, "_apply", _apply),
         # CUDA's dropout keeps a mask of bytes, the CPU's the noise in the precision of its input.
         (torch.nn.functional, "dropout", _dropout),
-        # The operators that attention comes to on CUDA, instead of those of the CPU.
-        (attention, "causal_attention", _cuda_attention),
+        # The operators that attention and RMSNorm come to on CUDA, instead of those of the CPU.
+        (attention, "fused_attention", _cuda_attention),
+        (torch.nn.functional, "rms_norm", _cuda_rms_norm),
         # On a GPU torch.compile makes these one kernel each.
-        (fused_bias_gelu, "bias_gelu", ledger.as_kernel(fused_bias_gelu.bias_gelu)),
-        (fused_bias_gelu, "bias_gelu_back", ledger.as_kernel(fused_bias_gelu.bias_gelu_back)),
-        (
-            fused_bias_dropout,
-            "bias_dropout_add_fused_train",
-            ledger.as_kernel(fused_bias_dropout.bias_dropout_add_fused_train),
+        *(
+            (module, name, ledger.as_kernel(getattr(module, name)))
+            for module, names in _COMPILED.items()
+            for name in names.split()
         ),
     ]
     with ExitStack() as stack:
@@ -198,7 +206,7 @@ def _replaced(owner: object, name: str, stand_in: object) -> Iterator[None]:
 def _measure(config: BaseConfig, num_microbatches: int, ledger: Ledger) -> Trace:
     """Builds the rank's part and trains a step, with tensors of whatever kind the caller has set up."""
     model = config.model
-    batch = [_microbatch(config) for _ in range(config.num_microbatches)]  # all on the device, as in training
+    batch = [batches.blank(config) for _ in range(config.num_microbatches)]  # all on the device, as in training
     batch_bytes = ledger.live
     short = replace(
         config,
@@ -251,7 +259,8 @@ def _pass_forward(
     if not stage.pre_process:
         stage.set_input_tensor(_received(config, stage))
     marks: list[int] = []
-    hook = stage.decoder.register_forward_hook(lambda *_: marks.append(ledger.live))
+    last_block = getattr(stage, "decoder", None) or stage.encoder
+    hook = last_block.register_forward_hook(lambda *_: marks.append(ledger.live))
     output, loss = training.forward(iter([batch]), chunk)
     hook.remove()
     stage.set_input_tensor(None)  # as the next microbatch would
@@ -263,17 +272,11 @@ def _pass_forward(
     return output, 0
 
 
-def _received(config: BaseConfig, stage: GPTModel) -> torch.Tensor:
+def _received(config: BaseConfig, stage: LanguageModule) -> torch.Tensor:
     """What the stage before sends of a microbatch."""
     parts = config.layout.cp * (config.layout.tp if stage.config.sequence_parallel else 1)
-    shape = (config.shape.seq_length // parts, config.layout.mbs, config.shape.hidden_size)
+    shape = (batches.schedule_length(config) // parts, config.layout.mbs, config.shape.hidden_size)
     return torch.empty(shape, dtype=stage.config.pipeline_dtype, requires_grad=True)
-
-
-def _microbatch(config: BaseConfig) -> Microbatch:
-    shape = (config.layout.mbs, config.shape.seq_length // config.layout.cp)
-    tokens, labels, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-    return Microbatch(tokens=tokens, labels=labels, positions=positions)
 
 
 # ---------------------------------------------------------------- stand-ins
@@ -317,13 +320,44 @@ def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 
 def _cuda_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, dropout: float, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    causal: bool,
+    bias: torch.Tensor | None,
+    dropout: float,
+    scale: float,
 ) -> torch.Tensor:
-    """As `attention.causal_attention`; dry_run refuses what neither kernel takes."""
-    if query.dtype is torch.bfloat16:
+    """As `attention.fused_attention`; dry_run refuses what neither kernel takes."""
+    if query.dtype is torch.bfloat16 and bias is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention  # noqa: SLF001 (the operator's name)
-        context: torch.Tensor = flash(query, key, value, dropout, is_causal=True, scale=scale)[0]
+        context: torch.Tensor = flash(query, key, value, dropout, is_causal=causal, scale=scale)[0]
     else:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention  # noqa: SLF001 (as above)
-        context = efficient(query, key, value, None, True, dropout, is_causal=True, scale=scale)[0]  # noqa: FBT003 (as above)
+        plain = causal and bias is None  # a bias hides what comes later itself
+        context = efficient(query, key, value, bias, True, dropout, is_causal=plain, scale=scale)[0]  # noqa: FBT003 (as above)
     return context
+
+
+def _cuda_rms_norm(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor, eps: float | None = None
+) -> torch.Tensor:
+    del normalized_shape, eps
+    normalised: torch.Tensor = _FusedRmsNorm.apply(x, weight)  # type: ignore[no-untyped-call]  # torch's decorator
+    return normalised
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """What CUDA's kernels of RMSNorm allocate and save; on a CPU torch makes it of many operators."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        del gradients
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

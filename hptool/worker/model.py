@@ -1,28 +1,41 @@
-"""A BaseConfig as Megatron-core's config and this rank's part of the model: GPT-3 and what it was made into since."""
+"""A BaseConfig as Megatron-core's config and this rank's part of the model, of whatever family."""
 
-import copy
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
 from hptool.base_config import BaseConfig
 from hptool.candidates import Recompute
 from hptool.errors import InputError
-from hptool.worker.attention import LocalNorm, SdpaAttention
+from hptool.worker import bert, encoder_decoder
+from hptool.worker.layers import block, gpt_layer
+from hptool.worker.megatron_fixes import cure_megatron
+
+#: Of the MLP, without the gate and without NeMo's wish for a fused kernel.
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "geglu": torch.nn.functional.gelu,
+    "swiglu": torch.nn.functional.silu,
+    "squared-relu": squared_relu,
+}
 
 
 def transformer_config(config: BaseConfig) -> TransformerConfig:
-    """What Megatron-core has to know. Fusions that need Apex or its kernels are refused by name."""
+    """What Megatron-core has to know. Fusions whose kernels are not installed are refused by name.
+
+    Of T5 it describes the decoder; `encoder_decoder` derives the encoder's.
+    """
     _refuse_missing_kernels(config)
-    model, shape, layout = config.model, config.shape, config.layout
+    model, stack, shape, layout = config.model, config.stack, config.shape, config.layout
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     interleaved = layout.vpp > 1
     return TransformerConfig(
@@ -34,15 +47,19 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
         num_query_groups=shape.num_query_groups,
         kv_channels=shape.kv_channels,
         add_bias_linear=shape.has_bias,
-        normalization="LayerNorm",
-        layernorm_epsilon=model.layernorm_epsilon,
-        activation_func=torch.nn.functional.gelu,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        apply_query_key_layer_scaling=model.apply_query_key_layer_scaling,
+        add_qkv_bias=shape.has_qkv_bias,
+        normalization="RMSNorm" if shape.rms_norm else "LayerNorm",
+        layernorm_epsilon=stack.layernorm_epsilon,
+        layernorm_zero_centered_gamma=stack.layernorm_zero_centered_gamma,
+        activation_func=_ACTIVATIONS[stack.activation.removeprefix("fast-")],
+        gated_linear_unit=shape.gated_mlp,
+        rotary_interleaved=stack.rotary_interleaved,
+        hidden_dropout=stack.hidden_dropout,
+        attention_dropout=stack.attention_dropout,
+        apply_query_key_layer_scaling=stack.apply_query_key_layer_scaling,
         # weights
-        init_method_std=model.init_method_std,
-        output_layer_init_method=None if model.use_scaled_init_method else init_method_normal(model.init_method_std),
+        init_method_std=stack.init_method_std,
+        output_layer_init_method=None if stack.use_scaled_init_method else init_method_normal(stack.init_method_std),
         use_cpu_initialization=model.use_cpu_initialization,
         params_dtype=dtype,
         bf16=config.precision == "bf16",
@@ -51,6 +68,7 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
         sequence_parallel=model.sequence_parallel and layout.tp > 1,
         # Overlap is for interleaving only, and there it is not a choice: with batched sends and PP=2, where both
         # neighbours are the same rank, the schedule silently computes garbage.
@@ -61,67 +79,123 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
         deallocate_pipeline_outputs=not (interleaved and config.trainer.accelerator == "cpu"),
         pipeline_dtype=dtype,
         # recomputation
-        recompute_granularity=model.activations_checkpoint_granularity,
+        recompute_granularity=stack.activations_checkpoint_granularity,
         recompute_method=layout.recompute.name.lower() if layout.recompute.is_full else None,
         recompute_num_layers=layout.recompute_num_layers if layout.recompute.is_full else None,
         recompute_modules=["core_attn"] if layout.recompute is Recompute.SELECTIVE else None,
         # kernels
-        bias_activation_fusion=model.bias_activation_fusion and shape.has_bias,
-        bias_dropout_fusion=model.bias_dropout_add_fusion,
-        masked_softmax_fusion=model.masked_softmax_fusion,
+        bias_activation_fusion=stack.bias_activation_fusion and _can_fuse_activation(config),
+        bias_dropout_fusion=stack.bias_dropout_add_fusion,
+        masked_softmax_fusion=stack.masked_softmax_fusion,
+        apply_rope_fusion=_fuses_rope(config),
         cross_entropy_loss_fusion=model.cross_entropy_loss_fusion,
         gradient_accumulation_fusion=model.gradient_accumulation_fusion,
         persist_layer_norm=False,  # a kernel of Apex; torch's LayerNorm is fused already
+        **_experts(config),
     )
 
 
-def build_chunks(config: BaseConfig, megatron: TransformerConfig) -> list[GPTModel]:
+def build_chunks(config: BaseConfig, megatron: TransformerConfig) -> list[LanguageModule]:
     """The rank's stages of the pipeline, from the first; one unless the pipeline is interleaved."""
-    vpp = config.layout.vpp
-    return [_build_stage(config, megatron, stage if vpp > 1 else None) for stage in range(vpp)]
+    cure_megatron()
+    build = _build_gpt
+    if config.is_encoder_decoder:
+        build = encoder_decoder.build_stage
+    elif config.is_bert:
+        build = bert.build_stage
+    chunks = []
+    for stage in range(config.layout.vpp):
+        chunk = build(config, megatron, stage if config.layout.vpp > 1 else None)
+        if config.model.scale_embeddings and chunk.pre_process:
+            chunk.embedding.register_forward_hook(_scale_embeddings)
+        chunks.append(chunk)
+    return chunks
 
 
 def attention_name(config: BaseConfig) -> str:
     """What computes the core attention, for the measurement."""
-    return "torch sdpa" if config.model.use_flash_attention else "megatron dot product"
+    if not config.model.use_flash_attention:
+        return "megatron dot product"
+    return "torch sdpa with alibi" if config.is_alibi else "torch sdpa"
 
 
-def _build_stage(config: BaseConfig, megatron: TransformerConfig, vp_stage: int | None) -> GPTModel:
-    layers = get_num_layers_to_build(megatron, vp_stage=vp_stage)
-    block = TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * layers, layer_norm=LocalNorm)
+def _build_gpt(config: BaseConfig, megatron: TransformerConfig, vp_stage: int | None) -> LanguageModule:
+    stack = config.stack
+    # GPTModel knows no ALiBi: a model without positions is one whose attention brings them.
+    positions = "none" if config.is_alibi else stack.position_embedding_type
     return GPTModel(
         config=megatron,
-        transformer_layer_spec=block,
+        transformer_layer_spec=block(gpt_layer(config), get_num_layers_to_build(megatron, vp_stage=vp_stage)),
         vocab_size=config.shape.padded_vocab_size(config.layout.tp, config.model.make_vocab_size_divisible_by),
         max_sequence_length=config.shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         share_embeddings_and_output_weights=config.shape.tied_embeddings,
-        position_embedding_type="learned_absolute",
+        position_embedding_type=positions,
+        rotary_percent=stack.rotary_percentage,
+        rotary_base=stack.rotary_base,
+        seq_len_interpolation_factor=stack.seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
 
 
-def _layer_spec(config: BaseConfig) -> ModuleSpec:
-    """Megatron's local layer with norms that know sequence parallelism, and the attention that the config asks for."""
-    spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="LayerNorm"))
-    spec.submodules.input_layernorm = LocalNorm
-    spec.submodules.pre_mlp_layernorm = LocalNorm
-    core = SdpaAttention if config.model.use_flash_attention else DotProductAttention
-    spec.submodules.self_attention.submodules.core_attention = core
-    return spec
+def _scale_embeddings(module: torch.nn.Module, inputs: object, embeddings: torch.Tensor) -> torch.Tensor:
+    """By the root of their width, rounded as they are (Gemma's `normalizer`; Gemma Team 2024, arXiv:2403.08295)."""
+    del module, inputs
+    return embeddings * embeddings.new_full((), embeddings.size(-1) ** 0.5)
+
+
+def _experts(config: BaseConfig) -> dict[str, Any]:
+    model, shape = config.model, config.shape
+    if not shape.num_experts:
+        return {}
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_ffn_hidden_size": shape.expert_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn_hidden_size or None,
+        "moe_router_topk": shape.experts_per_token,
+        # The softmax of one logit is one, whatever the logit: a single expert is weighted by the softmax over all.
+        "moe_router_pre_softmax": shape.experts_per_token == 1,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_token_dispatcher_type": model.moe_token_dispatcher_type,
+        "moe_grouped_gemm": model.moe_grouped_gemm,
+    }
+
+
+def _can_fuse_activation(config: BaseConfig) -> bool:
+    """Megatron-core has a kernel: for experts SwiGLU without biases, else gated activations and GELU with a bias."""
+    shape, activation = config.shape, config.stack.activation.removeprefix("fast-")
+    if shape.num_experts:
+        return activation == "swiglu" and not shape.has_bias
+    return shape.gated_mlp or (activation == "gelu" and shape.has_bias)
+
+
+def _fuses_rope(config: BaseConfig) -> bool:
+    return config.stack.apply_rope_fusion and config.stack.position_embedding_type == "rope"
 
 
 def _refuse_missing_kernels(config: BaseConfig) -> None:
-    model = config.model
+    model, stack = config.model, config.stack
+    part = "model.decoder" if config.is_encoder_decoder else "model"
     needs = []
     if model.gradient_accumulation_fusion:
-        needs.append(("gradient_accumulation_fusion", "fused_weight_gradient_mlp_cuda", "Apex"))
+        needs.append(("model.gradient_accumulation_fusion", "fused_weight_gradient_mlp_cuda", "Apex"))
     # With flash attention there is no softmax kernel to fuse, and nothing to refuse.
-    if model.masked_softmax_fusion and not model.use_flash_attention and config.precision == "bf16":
-        needs.append(("masked_softmax_fusion", "scaled_upper_triang_masked_softmax_cuda", "Apex' megatron kernels"))
+    if stack.masked_softmax_fusion and not model.use_flash_attention and config.precision == "bf16":
+        kernels = ["scaled_masked_softmax_cuda"]  # which says how rows are batched, whatever the mask
+        if not config.is_bert:
+            kernels.append("scaled_upper_triang_masked_softmax_cuda")
+        if config.is_bert or config.is_encoder_decoder:
+            kernels.append("scaled_softmax_cuda")
+        needs += [(f"{part}.masked_softmax_fusion", kernel, "Apex' megatron kernels") for kernel in kernels]
+    if _fuses_rope(config):
+        needs.append((f"{part}.apply_rope_fusion", "transformer_engine", "Transformer Engine"))
+    if model.moe_grouped_gemm and model.num_moe_experts:
+        needs.append(("model.moe_grouped_gemm", "grouped_gemm", "the grouped_gemm package"))
     problems = [
-        f"model.{key}: True given, allowed is False where {owner} ({module}) is not installed"
+        f"{key}: True given, allowed is False where {owner} ({module}) is not installed"
         for key, module, owner in needs
         if importlib.util.find_spec(module) is None
     ]

@@ -55,6 +55,7 @@ def build(config: BaseConfig, megatron: TransformerConfig, chunks: list[Distribu
             weight_decay=optim.weight_decay,
             adam_beta1=optim.betas[0],
             adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
             clip_grad=config.trainer.gradient_clip_val,
             bf16=megatron.bf16,
             params_dtype=megatron.params_dtype,

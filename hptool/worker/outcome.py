@@ -8,6 +8,7 @@ from pathlib import Path
 from hptool import files
 from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind, Measurement
+from hptool.worker.orders import RESULT
 
 MEASUREMENT = "measurement.json"
 PROGRESS = "progress.json"
@@ -45,13 +46,14 @@ def log_path(directory: Path, rank: int) -> Path:
 
 def clear(directory: Path) -> None:
     """Forgets an earlier attempt in this directory, so that a requeued job cannot be judged by it."""
-    for path in (*directory.glob("failure-rank*.json"), *(directory / x for x in (MEASUREMENT, PROGRESS, _FIRST))):
+    ends = (directory / name for name in (MEASUREMENT, RESULT, PROGRESS, _FIRST))
+    for path in (*directory.glob("failure-rank*.json"), *ends):
         path.unlink(missing_ok=True)
 
 
 def is_measured(directory: Path) -> bool:
-    """The run has its numbers; whatever goes wrong afterwards does not matter."""
-    return (directory / MEASUREMENT).exists()
+    """The run has its numbers, or a training its result; whatever goes wrong afterwards does not matter."""
+    return (directory / MEASUREMENT).exists() or (directory / RESULT).exists()
 
 
 def write_measurement(directory: Path, measurement: Measurement) -> None:

@@ -24,11 +24,21 @@ SHOW_STACKS: Final = signal.SIGUSR1
 class Heartbeats:
     """Counters in memory shared with forked ranks: beats (any progress) and finished steps of each.
 
-    A file would do as well, but a hang must be told from a slow file system.
+    A file would do as well, but a hang must be told from a slow file system. One cell more is for the other way: it
+    asks the ranks to stop.
     """
 
     def __init__(self, ranks: int) -> None:
-        self._cells = memoryview(mmap.mmap(-1, 2 * 8 * ranks)).cast("q")
+        self._cells = memoryview(mmap.mmap(-1, 8 * (2 * ranks + 1))).cast("q")
+
+    def ask_to_stop(self) -> None:
+        """The ranks should come to an end that they can go on from; those that only time themselves do not look."""
+        self._cells[-1] = 1
+
+    @property
+    def is_asked_to_stop(self) -> bool:
+        """Somebody has asked."""
+        return bool(self._cells[-1])
 
     def beat(self, local_rank: int) -> None:
         """A microbatch went by."""
@@ -44,7 +54,7 @@ class Heartbeats:
 
     def snapshot(self) -> tuple[int, ...]:
         """All counters; equal to an earlier snapshot where nothing has moved since."""
-        return tuple(self._cells)
+        return tuple(self._cells[:-1])
 
 
 def fork_rank(run: Callable[[], int], *, log: Path) -> int:

@@ -9,6 +9,8 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -46,10 +48,15 @@ _MEGATRON_HABITS = (
 
 def run_rank(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> int:
     """Trains, and leaves a measurement or a failure; answers the exit code of the process."""
+    return attempt(lambda: _run(config, place, heartbeats), place)
+
+
+def attempt(run: Callable[[], None], place: Place) -> int:
+    """Runs it, and leaves a failure where it raises one; answers the exit code of the process."""
     for message in _MEGATRON_HABITS:
         warnings.filterwarnings("ignore", message=message)
     try:
-        _run(config, place, heartbeats)
+        run()
     except Exception as error:  # noqa: BLE001 (whatever it is, it ends this run and must be told)
         traceback.print_exc()
         if outcome.is_lost_peer(error):
@@ -65,19 +72,28 @@ def _run(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
     device = join(config, place)
     if place.memory_gib is not None and device.type == "cpu":
         limit_memory(place.memory_gib)
-    try:
+    with refusals_by_name(place, heartbeats):
         training = Training(config, device, beat=lambda: heartbeats.beat(place.local_rank))
         reports = _train(config, training, place, heartbeats)
-    except (AssertionError, ValueError) as error:
-        if heartbeats.steps(place.local_rank) > 0:
-            raise
-        # Before a step has gone through, this is how Megatron says that it does not support a config.
-        raise InputError(f"Megatron-core refuses this config: {error}") from error
     peak = _peak_memory_gib(device)
     if place.rank == 0:
         outcome.write_measurement(place.directory, _measurement(config, reports, peak, device))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def refusals_by_name(place: Place, heartbeats: Heartbeats) -> Iterator[None]:
+    """Within, what Megatron says before a first step has gone through is an InputError.
+
+    By such errors it says that it does not support a config.
+    """
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        if heartbeats.steps(place.local_rank) > 0:
+            raise
+        raise InputError(f"Megatron-core refuses this config: {error}") from error
 
 
 def join(config: BaseConfig, place: Place) -> torch.device:
@@ -114,7 +130,7 @@ def divide(config: BaseConfig) -> None:
 def _open_device(config: BaseConfig, place: Place) -> torch.device:
     if config.trainer.accelerator == "cpu":
         torch.set_num_threads(1)
-        cpu.drive_megatron_rng()
+        cpu.drive_megatron()
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found <= place.local_rank:
@@ -158,13 +174,13 @@ def _train(config: BaseConfig, training: Training, place: Place, heartbeats: Hea
             print(f"step {step + 1} of {config.trainer.max_steps}: loss {report.loss:.6f}, {report.time_s:.4f} s")  # noqa: T201 (the log)
             if time.monotonic() - told > _PROGRESS_INTERVAL_S or step + 1 == config.trainer.max_steps:
                 told = time.monotonic()
-                _tell_progress(config, place.directory, step, report)
+                tell_progress(config, place.directory, step, report)
     return reports
 
 
-def _tell_progress(config: BaseConfig, directory: Path, step: int, report: StepReport) -> None:
+def tell_progress(config: BaseConfig, directory: Path, step: int, report: StepReport) -> None:
     """For those who watch; no one waits for it, so it is not forced to disk."""
-    tokens_per_s = config.model.global_batch_size * config.shape.seq_length / report.time_s
+    tokens_per_s = config.model.global_batch_size * config.shape.tokens_per_sequence / report.time_s
     progress = {"step": step + 1, "of": config.trainer.max_steps, "tokens_per_s": tokens_per_s, "loss": report.loss}
     aside = directory / f".{outcome.PROGRESS}"
     aside.write_text(json.dumps(progress), encoding="utf-8")
@@ -196,11 +212,11 @@ def _measurement(config: BaseConfig, reports: list[StepReport], peak_gib: float,
         memory_kind="max allocated" if device.type == "cuda" else "max resident",
         gpus=gpus,
         gbs=gbs,
-        seq_length=shape.seq_length,
+        seq_length=shape.tokens_per_sequence,
         model_flops_per_step=model_flops,
         model_flops_convention=MODEL_FLOPS_CONVENTION,
         model_tflops_per_gpu=model_flops / median(times) / gpus / TERA,
-        tokens_per_s_per_gpu=gbs * shape.seq_length / median(times) / gpus,
+        tokens_per_s_per_gpu=gbs * shape.tokens_per_sequence / median(times) / gpus,
         num_parameters=shape.num_parameters,
         device=_device_name(device),
         precision=config.precision,

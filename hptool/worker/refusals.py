@@ -5,6 +5,7 @@ import importlib.util
 from hptool.base_config import BaseConfig
 from hptool.candidates import SearchLimits, SearchSpace, enumerate_layouts
 from hptool.errors import InputError
+from hptool.worker import masking
 
 #: One step to warm up and one to time.
 _FEWEST_STEPS = 2
@@ -23,8 +24,27 @@ def refuse_impossible(config: BaseConfig, source: str) -> None:
         problems.append(
             f"{source}: model.optim.overlap_param_sync: True given, allowed is False unless overlap_grad_sync is True"
         )
+    problems += [f"{source}: {problem}" for problem in (*masking.problems(config), *_unsupported(config))]
     if problems:
         raise InputError(*problems)
+
+
+def refuse_ramp(config: BaseConfig, source: str) -> None:
+    """InputError where `model.rampup_batch_size` has a batch that the layout cannot cut into microbatches."""
+    model, layout = config.model, config.layout
+    if model.rampup_batch_size is None:
+        return
+    start, increment, samples = model.rampup_batch_size
+    # Interleaving counts in whole rounds of the pipeline.
+    divisor = model.micro_batch_size * config.dp * (layout.pp if layout.vpp > 1 else 1)
+    gbs = model.global_batch_size
+    fits = 0 < start < gbs and increment > 0 and samples > 0 and (gbs - start) % increment == 0
+    if not fits or start % divisor or increment % divisor:
+        raise InputError(
+            f"{source}: model.rampup_batch_size: {list(model.rampup_batch_size)} given, allowed is [start, increment, "
+            f"samples] with a start below model.global_batch_size ({gbs}) that increments lead to, both multiples of "
+            f"{divisor} for layout {layout.name} on {config.gpus} GPUs, and 1 sample or more"
+        )
 
 
 def refuse_missing_framework() -> None:
@@ -42,8 +62,42 @@ def _broken_rules(config: BaseConfig) -> list[str]:
         pp=(layout.pp,),
         vpp=(layout.vpp,),
         cp=(layout.cp,),
+        ep=(layout.ep,),
         mbs=(layout.mbs,),
         recompute=((layout.recompute, layout.recompute_num_layers),),
     )
-    limits = SearchLimits(mbs=(layout.mbs,), min_tokens_per_cp_rank=1, block_fractions=())
+    limits = SearchLimits(
+        mbs=(layout.mbs,), long_mbs=layout.mbs, max_microbatch_tokens=1, min_tokens_per_cp_rank=1, block_fractions=()
+    )
     return [rejection.reason for rejection in enumerate_layouts(space, config.workload, limits).rejections]
+
+
+def _unsupported(config: BaseConfig) -> list[str]:
+    """Keys that no layout could honour: what Megatron-core's layers without Transformer Engine cannot do."""
+    model, stack, shape = config.model, config.stack, config.shape
+    part = "model.decoder" if config.is_encoder_decoder else "model"
+    problems = []
+
+    def need(ok: bool, key: str, given: object, allowed: str) -> None:  # noqa: FBT001 (reads as a sentence)
+        if not ok:
+            problems.append(f"{key}: {given!r} given, allowed is {allowed}")
+
+    if config.is_alibi:
+        positions = stack.position_embedding_type
+        need(model.use_flash_attention, f"{part}.position_embedding_type", positions, "with model.use_flash_attention")
+    if stack.position_embedding_type == "rope":
+        rotated = int(shape.kv_channels * stack.rotary_percentage)
+        allowed = f"an even part of the {shape.kv_channels} channels of a head"
+        need(rotated > 0 and rotated % 2 == 0, f"{part}.rotary_percentage", stack.rotary_percentage, allowed)
+        factor = stack.seq_len_interpolation_factor
+        need(factor is None or factor > 0, f"{part}.seq_len_interpolation_factor", factor, "null, or more than 0")
+    if config.is_encoder_decoder:
+        heads, groups = shape.num_attention_heads, shape.num_query_groups
+        need(groups == heads, f"{part}.num_query_groups", groups, f"null or {heads} (cross-attention knows no groups)")
+        allowed = f"null or {stack.bias}, as model.decoder.bias (cross-attention has the same)"
+        need(shape.has_qkv_bias == stack.bias, f"{part}.qkv_bias", stack.qkv_bias, allowed)
+    if shape.num_experts and stack.bias:
+        width = model.moe_shared_expert_intermediate_size
+        need(width is None, "model.moe_shared_expert_intermediate_size", width, "null where model.bias is true")
+        need(not model.moe_grouped_gemm, "model.moe_grouped_gemm", given=True, allowed="false where model.bias is true")
+    return problems

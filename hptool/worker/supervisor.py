@@ -4,6 +4,7 @@ Importing this module loads neither torch nor Megatron-core; `run_node` does, on
 """
 
 import logging
+import math
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeAlias
+from typing import TypeAlias
 
 from hptool import files
 from hptool.base_config import BaseConfig
@@ -23,6 +24,7 @@ from hptool.measurement import Failure, FailureKind
 from hptool.units import GIB, SECONDS_PER_MINUTE
 from hptool.worker import outcome, processes
 from hptool.worker.nodes import Meeting, Node, Place, listen, this_node
+from hptool.worker.orders import Orders
 from hptool.worker.refusals import refuse_impossible, refuse_missing_framework
 
 _LOG = logging.getLogger(__name__)
@@ -34,6 +36,9 @@ _POLL_S = 0.05
 
 #: How long ranks may differ in leaving: interpreters and communicators take their time to go.
 _LEAVING_S = 10.0
+
+#: How long ranks that are to stop may take to end their step and to write a checkpoint; Slurm kills after 30 seconds.
+STOPPING_S = 25.0
 
 #: How long a rank that SIGTERM ended waits for the supervisor's own: schedulers send it to all, in any order.
 _CANCEL_S = 1.0
@@ -57,7 +62,8 @@ class NodeJob:
 
     `memory_gib_per_rank` is a hard limit, for CPU ranks. When the process `owner_pid` is gone, so is the run.
     `hang_s` is how long no rank may finish a microbatch once the first step is done. `environment` is set before
-    anything is loaded.
+    anything is loaded. With `orders` the ranks train for real: a first SIGTERM or SIGINT then asks them to write a
+    checkpoint and end.
     """
 
     config_path: str
@@ -67,10 +73,15 @@ class NodeJob:
     owner_pid: int | None = None
     hang_s: float = 300.0
     environment: Mapping[str, str] = field(default_factory=dict)
+    orders: Orders | None = None
 
 
 class RunFailedError(RuntimeError):
-    """The run gave no measurement; what went wrong first is in `failure-rankN.json`."""
+    """The run gave no measurement; what went wrong first is `failure`, and in `failure-rankN.json`."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"{failure.kind}: {failure.message}")
+        self.failure = failure
 
 
 def run_node(job: NodeJob) -> None:
@@ -98,15 +109,15 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
     InputError where torch or Megatron-core is missing.
     """
     directory = Path(job.run_directory)
-    with _cancelled_by_signals():
+    devices = config.trainer.devices
+    watch = _Watch(
+        directory=directory, job=job, first_rank=node.index * devices, heartbeats=processes.Heartbeats(devices)
+    )
+    with _cancelled_by_signals(watch):
         if node.index == 0:
             outcome.clear(directory)
-        devices = config.trainer.devices
-        watch = _Watch(
-            directory=directory, job=job, first_rank=node.index * devices, heartbeats=processes.Heartbeats(devices)
-        )
         try:
-            run_rank = load_framework(config.trainer.accelerator)
+            run_rank = load_framework(config.trainer.accelerator, job.orders)
         except InputError as error:
             outcome.record_failure(directory, outcome.failure_of(error, watch.first_rank, None))
             raise
@@ -116,13 +127,17 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
             watch.end_ranks()
             if failure is not None and not outcome.is_measured(directory):  # it may have finished while it was ended
                 first = outcome.record_failure(directory, failure)
-                raise RunFailedError(f"{first.kind}: {first.message}")
+                raise RunFailedError(first)
+            if watch.stop_signal is not None:
+                raise SystemExit(128 + watch.stop_signal)
         finally:
             watch.end_ranks()
 
 
-def load_framework(accelerator: str) -> RunRank:
+def load_framework(accelerator: str, orders: Orders | None = None) -> RunRank:
     """`rank.run_rank`, with torch and Megatron-core behind it ready for `accelerator`; CUDA stays untouched.
+
+    With orders, what trains for real.
 
     Everything here must be safe to do before a fork: no thread is started and no device is opened.
     """
@@ -141,6 +156,11 @@ def load_framework(accelerator: str) -> RunRank:
         # What runs instead is known: it is the reason for attention.py, and the measurement names it.
         warnings.filterwarnings("ignore", message=".*not installed.*")
         from hptool.worker.rank import run_rank  # noqa: PLC0415 (imports torch and megatron)
+
+        if orders is not None:
+            from hptool.worker.trainer import train_rank  # noqa: PLC0415 (as above)
+
+            return partial(train_rank, orders)
     return run_rank
 
 
@@ -185,6 +205,16 @@ class _Watch:
     started: float = field(default_factory=time.monotonic)
     oom_kills: int = field(default_factory=processes.oom_kills)
     first_left: float | None = None
+    stop_signal: int | None = None
+    stop_until: float = math.inf
+
+    def stop(self, signum: int) -> None:
+        """Asks the ranks to end by themselves; SystemExit where they would not, or have been asked before."""
+        if self.job.orders is None or not self.ranks or self.stop_signal is not None:
+            raise SystemExit(128 + signum)
+        self.stop_signal, self.stop_until = signum, time.monotonic() + STOPPING_S
+        self.heartbeats.ask_to_stop()
+        _LOG.warning("asked to stop: up to %g s for a checkpoint; a second signal does not wait", STOPPING_S)
 
     def until_done(self, tell: Callable[[], None]) -> Failure | None:
         """Waits until all ranks have left or one thing is wrong; None where the measurement is there."""
@@ -199,6 +229,8 @@ class _Watch:
                 _LOG.warning("the process that owns this run is gone: ending it")
                 raise SystemExit(128 + signal.SIGTERM)
             now = time.monotonic()
+            if now > self.stop_until:
+                raise SystemExit(128 + (self.stop_signal or signal.SIGTERM))
             if (snapshot := self.heartbeats.snapshot()) != seen:
                 seen, moved = snapshot, now
             if self.first_left is not None and now - self.first_left > _LEAVING_S:
@@ -282,11 +314,11 @@ class _Watch:
 
 
 @contextmanager
-def _cancelled_by_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGINT raise SystemExit with the shell's exit code for them."""
+def _cancelled_by_signals(watch: _Watch) -> Iterator[None]:
+    """Within, SIGTERM and SIGINT raise SystemExit with the shell's exit code for them, at once or when all is saved."""
 
-    def cancel(signum: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + signum)
+    def cancel(signum: int, _frame: FrameType | None) -> None:
+        watch.stop(signum)
 
     previous = {signum: signal.signal(signum, cancel) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:

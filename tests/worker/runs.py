@@ -1,5 +1,6 @@
 """Real runs on the CPU: torch and Megatron-core are imported once, and every run forks from here."""
 
+import copy
 import json
 import os
 import resource
@@ -23,9 +24,15 @@ from hptool.worker.nodes import Meeting, Place, listen
 #: For the whole of a run's process tree, because an endless recursion once took all of a machine's memory.
 _ADDRESS_SPACE_BYTES = 8 * 2**30
 
+#: The tiny model's keys that T5 has in its stacks.
+_STACK = {"hidden_size": 64, "ffn_hidden_size": 256, "num_attention_heads": 4}
+
 
 def tiny_document(**changes: Any) -> dict[str, Any]:
-    """A config of four small layers; changes are dotted keys with `__` for the dot, as in `trainer__devices=2`."""
+    """A config of four small layers; changes are dotted keys with `__` for the dot, as in `trainer__devices=2`.
+
+    A change to None takes the key away.
+    """
     document: dict[str, Any] = {
         "run": {"name": "tiny"},
         "trainer": {"num_nodes": 1, "devices": 1, "accelerator": "cpu", "precision": 32, "max_steps": 5},
@@ -48,13 +55,64 @@ def tiny_document(**changes: Any) -> dict[str, Any]:
         section = document
         for part in sections:
             section = section.setdefault(part, {})
-        section[name] = value
+        section[name] = copy.deepcopy(value)
+        if value is None:
+            del section[name]
     return document
 
 
 def tiny_config(**changes: Any) -> BaseConfig:
     """As `tiny_document`, read."""
     return files.parse(tiny_document(**changes), BaseConfig, "tiny")
+
+
+#: What makes another family of the tiny GPT.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model__num_query_groups": 2,
+        "model__ffn_hidden_size": 176,
+        "model__normalization": "rmsnorm",
+        "model__activation": "fast-swiglu",
+        "model__bias": False,
+        "model__position_embedding_type": "rope",
+        "model__share_embeddings_and_output_weights": False,
+    },
+    "gemma": {
+        "model__num_query_groups": 2,
+        "model__kv_channels": 24,
+        "model__normalization": "rmsnorm",
+        "model__layernorm_zero_centered_gamma": True,
+        "model__activation": "geglu",
+        "model__bias": False,
+        "model__position_embedding_type": "rope",
+        "model__scale_embeddings": True,
+    },
+    "alibi": {"model__position_embedding_type": "alibi"},
+    "bert": {"model__bert_binary_head": True},
+    "t5": {
+        "model__encoder": {**_STACK, "num_layers": 4, "activation": "geglu"},
+        "model__decoder": {**_STACK, "num_layers": 4, "activation": "geglu"},
+        "model__seq_length": 32,
+        "model__data__seq_length_dec": 16,
+        "model__data__mean_ngram_size": 2,
+        **{f"model__{key}": None for key in (*_STACK, "num_layers", "encoder_seq_length")},
+    },
+}
+FAMILIES["moe"] = {
+    **FAMILIES["llama"],
+    "model__num_moe_experts": 4,
+    "model__moe_router_topk": 2,
+    "model__moe_ffn_hidden_size": 96,
+    # So much that a wrong scale of either shows; with less, two experts come so near to a tie that it is rounding
+    # which decides between them.
+    "model__moe_aux_loss_coeff": 1.0,
+    "model__moe_z_loss_coeff": 0.1,
+}
+
+
+def tiny_family(name: str, **changes: Any) -> dict[str, Any]:
+    """Changes to the tiny document that make a model of this family of it, and more of them."""
+    return FAMILIES[name] | changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

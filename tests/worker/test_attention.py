@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 
 from hptool.base_config import BaseConfig
-from tests.worker.runs import on_ranks, tiny_config
+from tests.worker.runs import on_ranks, tiny_config, tiny_family
 
 
-def largest_differences(config: BaseConfig) -> list[float]:
-    """Of output and gradients, relative to their largest entry, from Megatron's DotProductAttention on one rank."""
+def largest_differences(config: BaseConfig, mask: str = "causal", keys: int | None = None) -> list[float]:
+    """Of output and gradients, relative to their largest entry, from Megatron's DotProductAttention on one rank.
+
+    With `keys`, attention to another sequence of so many tokens.
+    """
     import torch  # noqa: PLC0415 (heavy)
     from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: PLC0415 (heavy)
     from megatron.core.transformer.enums import AttnMaskType  # noqa: PLC0415 (heavy)
@@ -22,15 +25,19 @@ def largest_differences(config: BaseConfig) -> list[float]:
     shape = config.shape
     generator = torch.Generator().manual_seed(5)
     inputs = [
-        torch.randn(shape.seq_length, 3, heads, shape.kv_channels, generator=generator)
-        for heads in (shape.num_attention_heads, shape.num_query_groups, shape.num_query_groups)
+        torch.randn(length, 3, heads, shape.kv_channels, generator=generator)
+        for length, heads in (
+            (shape.seq_length, shape.num_attention_heads),
+            (keys or shape.seq_length, shape.num_query_groups),
+            (keys or shape.seq_length, shape.num_query_groups),
+        )
     ]
     weight = torch.randn(shape.seq_length, 3, shape.attention_width, generator=generator)
     results = []
     for kind in (DotProductAttention, SdpaAttention):
         query, key, value = (x.clone().requires_grad_() for x in inputs)
         # Layer 3: query-key layer scaling divides by the layer's number.
-        attention = kind(megatron, 3, AttnMaskType.causal, "self")
+        attention = kind(megatron, 3, AttnMaskType[mask], "cross" if keys else "self")
         output = attention(query, key, value, None)
         (output * weight).sum().backward()
         results.append([output.detach(), *(x.grad for x in (query, key, value))])
@@ -47,6 +54,78 @@ def test_equals_dot_product_attention(tmp_path: Path, changes: dict[str, Any]) -
     (differences,) = on_ranks(tmp_path, config, lambda: largest_differences(config))
     assert len(differences) == 4
     assert max(differences) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mask", "keys", "changes"),
+    [
+        ("padding", None, {}),
+        ("arbitrary", 20, {}),
+        ("padding", 48, {"model__num_query_groups": 2}),
+    ],
+)
+def test_attention_to_all_keys_equals_dot_product_attention(
+    tmp_path: Path, mask: str, keys: int | None, changes: dict[str, Any]
+) -> None:
+    config = tiny_config(**changes)
+    (differences,) = on_ranks(tmp_path, config, lambda: largest_differences(config, mask, keys))
+    assert len(differences) == 4
+    assert max(differences) < 1e-5
+
+
+def alibi_differences(config: BaseConfig, slopes: list[float]) -> list[float]:
+    """Of output and gradients of this rank's heads, from scores written out with these slopes."""
+    import torch  # noqa: PLC0415 (heavy)
+    from megatron.core import parallel_state  # noqa: PLC0415 (heavy)
+    from megatron.core.transformer.enums import AttnMaskType  # noqa: PLC0415 (heavy)
+
+    from hptool.worker.attention import AlibiBias, SdpaAttention  # noqa: PLC0415 (heavy)
+    from hptool.worker.model import transformer_config  # noqa: PLC0415 (heavy)
+
+    shape, tp, rank = config.shape, config.layout.tp, parallel_state.get_tensor_model_parallel_rank()
+    heads = shape.num_attention_heads // tp
+    generator = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(7, 2, heads, shape.kv_channels, generator=generator) for _ in range(3)]
+    weight = torch.randn(7, 2, heads * shape.kv_channels, generator=generator)
+    results = []
+
+    def plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for head in range(heads):
+            scores = torch.einsum("qbd,kbd->bqk", query[:, :, head], key[:, :, head]) / shape.kv_channels**0.5
+            for q in range(7):
+                for k in range(7):
+                    bias = -slopes[rank * heads + head] * (q - k) if k <= q else -torch.inf
+                    scores = scores + torch.zeros_like(scores).index_put(
+                        (torch.tensor([0, 1]), torch.tensor([q, q]), torch.tensor([k, k])), torch.tensor(bias)
+                    )
+            outputs.append(torch.einsum("bqk,kbd->qbd", scores.softmax(-1), value[:, :, head]))
+        return torch.cat(outputs, dim=-1)
+
+    alibi = AlibiBias(shape.num_attention_heads, parallel_state.get_tensor_model_parallel_group())
+    attention = SdpaAttention(transformer_config(config), 1, AttnMaskType.causal, "self", alibi=alibi)
+    for function in (plainly, attention):
+        query, key, value = (x.clone().requires_grad_() for x in inputs)
+        output = function(query, key, value)
+        (output * weight).sum().backward()
+        results.append([output.detach(), *(x.grad for x in (query, key, value))])
+    return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (4, [2**-2, 2**-4, 2**-6, 2**-8]),
+        # The published recipe for other numbers: those of the power of two below, and every other of the one above.
+        (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),
+    ],
+)
+def test_alibi_is_a_bias_of_slope_times_distance(tmp_path: Path, heads: int, slopes: list[float]) -> None:
+    changes = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2, "model__hidden_size": 96}
+    config = tiny_config(**tiny_family("alibi", model__num_attention_heads=heads, **changes))
+    for differences in on_ranks(tmp_path, config, lambda: alibi_differences(config, slopes)):
+        assert len(differences) == 4
+        assert max(differences) < 1e-5
 
 
 def context_parallel_differences(config: BaseConfig) -> list[float]:

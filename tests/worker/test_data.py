@@ -1,5 +1,6 @@
 """Samples do not depend on the layout, and real sets are read as they were written."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.measurement import FailureKind
-from tests.worker.runs import Launcher, on_ranks, tiny_config, write_set
+from tests.worker.runs import Launcher, on_ranks, tiny_config, tiny_family, write_set
 
 SEQ = 32
 
@@ -20,7 +21,7 @@ def batch(config: BaseConfig, step: int) -> list[dict[str, Any]]:
     from hptool.worker import batches, data  # noqa: PLC0415 (heavy)
 
     read = batches.microbatches(config, data.samples_of(config), step, torch.device("cpu"))
-    return [{"tokens": x.tokens.tolist(), "labels": x.labels.tolist(), "positions": x.positions.tolist()} for x in read]
+    return [{f.name: getattr(x, f.name).tolist() for f in fields(x)} for x in read]  # type: ignore[arg-type]
 
 
 def rows(ranks: list[list[dict[str, Any]]], key: str) -> list[list[int]]:
@@ -29,11 +30,15 @@ def rows(ranks: list[list[dict[str, Any]]], key: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("changes", [{"trainer__devices": 2}, {"model__micro_batch_size": 4}], ids=str)
-def test_global_batch_does_not_depend_on_the_layout(tmp_path: Path, changes: dict[str, Any]) -> None:
-    one, other = tiny_config(), tiny_config(**changes)
+@pytest.mark.parametrize("family", [None, "bert", "t5"])
+def test_global_batch_does_not_depend_on_the_layout(
+    tmp_path: Path, family: str | None, changes: dict[str, Any]
+) -> None:
+    of_family = tiny_family(family) if family else {}
+    one, other = tiny_config(**of_family), tiny_config(**of_family, **changes)
     expected = on_ranks(tmp_path / "one", one, lambda: batch(one, 3))
     found = on_ranks(tmp_path / "other", other, lambda: batch(other, 3))
-    for key in ("tokens", "labels"):
+    for key in expected[0][0].keys() - {"in_order"}:
         assert rows(found, key) == rows(expected, key)
         assert len(rows(found, key)) == one.model.global_batch_size
 
@@ -131,9 +136,9 @@ def test_unusable_data_is_refused(launcher: Launcher, tmp_path: Path, data: dict
 
 
 def test_indexed_set_names_the_missing_file(tmp_path: Path) -> None:
-    from hptool.worker.data import IndexedSamples  # noqa: PLC0415 (imports torch and megatron)
+    from hptool.worker.data import IndexedTokens  # noqa: PLC0415 (imports torch and megatron)
 
     prefix = write_set(tmp_path / "set", [[1] * 400])
     Path(f"{prefix}.bin").unlink()
     with pytest.raises(InputError, match=r"there is no file .*set\.bin"):
-        IndexedSamples(str(prefix), train_fraction=1.0, seq_length=SEQ, seed=1, source="here")
+        IndexedTokens(str(prefix), "here")

@@ -24,7 +24,7 @@ from hptool.predict.parallel import Table
 from hptool.units import GIB
 from hptool.worker import initialise
 from hptool.worker.dry_run import DryRun, dry_run, main
-from tests.worker.runs import fork, tiny_config, tiny_document
+from tests.worker.runs import fork, tiny_config, tiny_document, tiny_family
 
 TP8_PP8 = Layout(tp=8, pp=8)
 
@@ -219,6 +219,66 @@ def test_predicted_is_what_the_workers_own_model_holds(large: Mapping[str, DryRu
         assert expected == pytest.approx(run.saved_activations_gib_per_microbatch, rel=0.05)
 
 
+# ---------------------------------------------------------------- other families
+
+_WIDE: Mapping[str, Any] = {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 16}
+
+
+def wide(family: str, layout: Layout, **changes: Any) -> BaseConfig:
+    """Eight layers of a family, wide enough that activations matter, in bf16 on sixteen GPUs."""
+    document: dict[str, Any] = {
+        "trainer__num_nodes": 2,
+        "trainer__devices": 8,
+        "trainer__accelerator": "gpu",
+        "trainer__precision": "bf16",
+        "model__global_batch_size": 64,
+        "model__override_vocab_size": 32000,
+        "model__max_position_embeddings": 1024,
+        "model__data__seq_length": 1024,
+    }
+    if family == "t5":
+        document |= {f"model__{part}__{key}": _WIDE[key] for part in ("encoder", "decoder") for key in _WIDE}
+        document |= {"model__seq_length": 1024, "model__data__seq_length_dec": 512}
+    else:
+        document |= {f"model__{key}": value for key, value in _WIDE.items()}
+        document |= {"model__num_layers": 8, "model__encoder_seq_length": 1024}
+    return tiny_config(**tiny_family(family, **(document | changes))).with_layout(layout)
+
+
+FAMILY_RUNS: Mapping[str, tuple[BaseConfig, int]] = {
+    "llama": (wide("llama", Layout(tp=2, pp=2), model__num_query_groups=4, model__qkv_bias=True), 0),
+    "alibi": (wide("alibi", Layout(pp=2)), 0),
+    "bert": (wide("bert", Layout(tp=2, pp=2)), 1),
+    "t5, first": (wide("t5", Layout(tp=2, pp=2)), 0),
+    "t5, last": (wide("t5", Layout(pp=2, vpp=2)), 1),
+    "t5, recomputed": (wide("t5", Layout(recompute=Recompute.BLOCK, recompute_num_layers=6)), 0),
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, DryRun]:
+    """The dry runs of `FAMILY_RUNS`."""
+    found = in_child(
+        tmp_path_factory.mktemp("families"),
+        lambda: {name: asdict(dry_run(config, stage)) for name, (config, stage) in FAMILY_RUNS.items()},
+    )
+    return {name: DryRun(**run) for name, run in found.items()}
+
+
+@pytest.mark.parametrize("name", FAMILY_RUNS)
+def test_predicted_is_what_a_rank_of_another_family_holds(families: Mapping[str, DryRun], name: str) -> None:
+    """Parameters to the last one, the peak of a first or last stage within 7 %."""
+    (config, stage), run = FAMILY_RUNS[name], families[name]
+    layout = config.layout
+    first = stage == 0
+    table = Layouts.of([layout])
+    setting = stack([(config.workload, files.read_cluster("dgx-a100"), files.read_framework("hptool-worker"))])
+    last = stage == layout.pp - 1
+    assert rank_parameters(table, setting, first=first, last=last).total[0] == run.parameters
+    memory = stage_memory(Table.of(table, setting))[0 if first else 1]
+    assert memory.allocated_gib[0] - memory.framework_gib[0] == pytest.approx(run.peak_gib, rel=0.07)
+
+
 # ---------------------------------------------------------------- against real tensors
 
 UNIFORM: Mapping[str, Any] = {
@@ -234,7 +294,7 @@ def traces(config: BaseConfig) -> list[dict[str, int]]:
 
     fake = fake_rank.trace(config, 0, 2)
     with (
-        mock.patch.object(fake_rank, "_cuda_attention", attention.causal_attention),
+        mock.patch.object(fake_rank, "_cuda_attention", attention.fused_attention),
         mock.patch.object(fake_rank, "FakeTensorMode", return_value=nullcontext()),
     ):
         real = fake_rank.trace(config, 0, 2)
@@ -267,7 +327,7 @@ def test_torch_is_as_before(tmp_path: Path) -> None:
 
         from hptool.worker import attention  # noqa: PLC0415 (imports torch and megatron)
 
-        found = (torch.nn.functional.dropout, torch.Tensor.item, torch.nn.Module._apply, attention.causal_attention)
+        found = (torch.nn.functional.dropout, torch.Tensor.item, torch.nn.Module._apply, attention.fused_attention)
         return [*map(repr, found), str(torch.distributed.is_initialized())]
 
     def work() -> list[Any]:
@@ -320,6 +380,10 @@ def test_it_is_imported_without_torch() -> None:
         (["model.gradient_accumulation_fusion=true"], "model.gradient_accumulation_fusion: True given"),
         (["model.kv_channels=12"], "model.kv_channels: 12 given, allowed in a dry run"),
         (["model.num_query_groups=2"], "model.num_query_groups: 2 given, allowed in a dry run in fp32"),
+        (
+            ["model.num_moe_experts=2", "model.bias=false"],
+            "model.num_moe_experts: 2 given, allowed in a dry run is null",
+        ),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], said: str) -> None:

@@ -145,7 +145,7 @@ def test_measured_run_that_cannot_leave_counts(launcher: Launcher, monkeypatch: 
 
 def let_ranks(monkeypatch: pytest.MonkeyPatch, work: Callable[[Place], int]) -> None:
     """Makes the ranks of the runs that start from now on do this instead of training."""
-    monkeypatch.setattr(supervisor, "load_framework", lambda _: lambda _config, place, _heartbeats: work(place))
+    monkeypatch.setattr(supervisor, "load_framework", lambda *_: lambda _config, place, _heartbeats: work(place))
 
 
 def wait_forever() -> int:

@@ -1,17 +1,19 @@
-"""Parameters of models that the worker does not build yet, against Megatron-core's own: predictions count them."""
+"""Parameters of every family as predicted: against Megatron-core's own models, and against the worker's ranks."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hptool import files
-from hptool.candidates import Layout, Layouts, Workload
+from hptool.candidates import Layout, Layouts, Workload, refusal
 from hptool.facts import ModelShape
 from hptool.predict import stack
 from hptool.predict.memory import rank_parameters
 from tests.test_predict import LLAMA_3_8B, MIXTRAL_8X7B, T5_220M
+from tests.worker.runs import on_ranks, tiny_config, tiny_family
 from tests.worker.test_dry_run import in_child
 
 #: Shapes and cuts: TP, and EP where there are experts.
@@ -106,3 +108,46 @@ def test_predicted_parameters_are_those_of_megatrons_model(name: str, counted: M
     work = Workload(shape=shape, gbs=GPUS, gpus=GPUS, gpus_per_node=GPUS)
     setting = stack([(work, files.read_cluster("dgx-a100"), files.read_framework("hptool-worker"))])
     assert rank_parameters(Layouts.of([layout]), setting, first=True, last=True).total[0] == counted[name]
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "changes"),
+    [
+        ("llama", Layout(tp=2, pp=2), {"model__qkv_bias": True}),
+        ("gemma", Layout(tp=2, pp=2), {}),
+        ("bert", Layout(tp=2, pp=2), {}),
+        ("bert", Layout(pp=2, vpp=2), {"model__bert_binary_head": False}),
+        ("moe", Layout(tp=2, ep=2), {"model__moe_shared_expert_intermediate_size": 48}),
+        ("moe", Layout(pp=2, ep=2), {"model__bias": True, "model__activation": "gelu"}),
+        ("t5", Layout(tp=2, pp=2), {}),
+        ("t5", Layout(pp=4), {}),
+        ("t5", Layout(pp=2, vpp=2), {"model__encoder__num_layers": 6, "model__decoder__num_layers": 2}),
+        ("t5", Layout(pp=2, vpp=2), {"model__encoder__num_layers": 3, "model__decoder__num_layers": 5}),
+    ],
+)
+def test_predicted_parameters_are_those_that_ranks_hold(
+    tmp_path: Path, family: str, layout: Layout, changes: dict[str, Any]
+) -> None:
+    config = tiny_config(**tiny_family(family, trainer__devices=4, **changes)).with_layout(layout)
+    assert refusal(layout, config.workload) is None
+
+    def held() -> list[int]:
+        from megatron.core import parallel_state  # noqa: PLC0415 (imports torch)
+
+        from hptool.worker import model  # noqa: PLC0415 (imports torch and megatron)
+
+        chunks = model.build_chunks(config, model.transformer_config(config))
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        return [stage, sum(x.numel() for chunk in chunks for x in chunk.parameters())]
+
+    setting = stack([(config.workload, files.read_cluster("local"), files.read_framework("hptool-worker"))])
+    table = Layouts.of([layout])
+    ends = {0: (True, layout.pp == 1), layout.pp - 1: (layout.pp == 1, True)}
+    expected = {
+        stage: rank_parameters(table, setting, first=first, last=last).total[0] for stage, (first, last) in ends.items()
+    }
+    ranks = on_ranks(tmp_path, config, held)
+    assert {stage for stage, _ in ranks} >= set(ends)
+    for stage, parameters in ranks:
+        if stage in expected:
+            assert parameters == expected[stage]

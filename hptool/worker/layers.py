@@ -1,0 +1,67 @@
+"""The layers that models are built of: Megatron's local ones, with the norms and the attention that a config asks for.
+
+Megatron's local layers need neither Transformer Engine nor Apex. Their norms refuse sequence parallelism and their
+attention keeps all scores; see `attention.py` for what takes their place.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.bert.bert_layer_specs import bert_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.T5.t5_spec import decoder_model_with_local_spec, encoder_model_with_local_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from hptool.base_config import BaseConfig
+from hptool.worker.attention import AlibiBias, LocalNorm, SdpaAttention
+
+
+def gpt_layer(config: BaseConfig) -> ModuleSpec:
+    """A causal layer, its MLP replaced by experts where there are any."""
+    model = config.model
+    return _adapted(get_gpt_layer_local_spec(model.num_moe_experts, model.moe_grouped_gemm), config)
+
+
+def bert_layer(config: BaseConfig) -> ModuleSpec:
+    """A layer that attends to all tokens."""
+    return _adapted(bert_layer_local_spec, config)
+
+
+def encoder_layer(config: BaseConfig) -> ModuleSpec:
+    """A layer of T5's encoder, which attends to all tokens."""
+    return _adapted(encoder_model_with_local_spec(), config)
+
+
+def cross_layer(config: BaseConfig) -> ModuleSpec:
+    """A layer of T5's decoder: causal, then over the encoder's result."""
+    return _adapted(decoder_model_with_local_spec(), config)
+
+
+def block(layer: ModuleSpec, count: int) -> TransformerBlockSubmodules:
+    """So many layers, and the norm behind the last of a stack, which T5's own local specs leave out."""
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=LocalNorm)
+
+
+def _adapted(layer: ModuleSpec, config: BaseConfig) -> ModuleSpec:
+    spec = copy.deepcopy(layer)
+    parts, attention = spec.submodules, _core_attention(config)
+    parts.input_layernorm = parts.pre_mlp_layernorm = LocalNorm
+    parts.self_attention.submodules.core_attention = attention
+    if hasattr(parts.cross_attention, "submodules"):
+        parts.pre_cross_attn_layernorm = LocalNorm
+        parts.cross_attention.submodules.core_attention = attention
+    return spec
+
+
+def _core_attention(config: BaseConfig) -> Callable[..., Any]:
+    if not config.model.use_flash_attention:
+        return DotProductAttention  # type: ignore[no-any-return]  # Megatron has no types
+    if config.is_alibi:
+        heads = config.shape.num_attention_heads
+        return partial(SdpaAttention, alibi=AlibiBias(heads, parallel_state.get_tensor_model_parallel_group()))
+    return SdpaAttention
