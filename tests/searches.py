@@ -41,10 +41,13 @@ def processes_of(results: Path) -> list[str]:
     return found
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 60) -> None:
+def wait_for(
+    condition: Callable[[], object], timeout_s: float = 60, otherwise: Callable[[], str] | None = None
+) -> None:
+    """Until it holds; a failure says what `otherwise` finds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"waited in vain\n{otherwise() if otherwise else ''}"
         time.sleep(0.05)
 
 

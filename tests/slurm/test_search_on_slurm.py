@@ -27,6 +27,12 @@ def queue() -> list[str]:
     return done.stdout.split()
 
 
+def texts(directory: Path) -> str:
+    """The ends of all logs and records of a training, for a test that has to say why it failed."""
+    files = [path for path in sorted(directory.rglob("*")) if path.suffix in (".log", ".json", ".out", ".err", "")]
+    return "\n".join(f"{path}:\n{path.read_text(errors='replace')[-1500:]}" for path in files if path.is_file())
+
+
 @pytest.fixture
 def results(tmp_path: Path, slurm: DevSlurm) -> Iterator[Path]:
     del slurm
@@ -67,7 +73,9 @@ def test_layouts_of_one_and_two_nodes_are_measured_and_ranked(results: Path) -> 
     )
     assert "trains in it already" in again.stderr
     wait_for(lambda: queue() == [], timeout_s=120)
-    trained = json.loads((results / "training" / "result.json").read_text())
+    result = results / "training" / "result.json"
+    wait_for(result.exists, timeout_s=20, otherwise=lambda: texts(results / "training"))
+    trained = json.loads(result.read_text())
     assert (trained["step"], trained["stopped"]) == (4, "done")
     assert len((results / "training" / "losses.csv").read_text().splitlines()) == 5
     assert (results / "training" / "runs.csv").read_text().count("\n") == 2
