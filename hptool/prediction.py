@@ -177,7 +177,8 @@ def _traced(plan: Plan, text: str, say: Say) -> Traced:
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise InputError(f"--dry-run-memory: {last.removeprefix('hptool: error: ')}")
+        said = last.removeprefix("hptool: error: ").replace(f"{config}: ", "")
+        raise InputError(f"--dry-run-memory: {layout.name}: {said}")
     traces = [json.loads(line) for line in done.stdout.splitlines()]
     explanation = explain.explain(plan, layout.name)
     memory = explanation.predictions.memory

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hptool import catalogue
+from hptool import catalogue, files
 from hptool.errors import InputError
 from hptool.presets import SIZE_TOLERANCE, fitting_batch, parameters_of_size, warmup_steps
+from tests.conftest import ROOT
 
 #: Parameters in billions as published, of the models' cards and papers.
 PUBLISHED = {
@@ -171,3 +172,24 @@ def test_a_model_that_is_no_preset_is_remarked_on() -> None:
     said = catalogue.remark("gpt3/125m")
     assert said is not None
     assert said.startswith("gpt3/125m is no preset (the nearest is gpt3/")
+
+
+SEARCHES = ROOT.parent / "shared" / "facts" / "search_configs.yaml"
+
+
+@pytest.mark.skipif(not SEARCHES.is_file(), reason="the list of the predecessor's searches is not at hand")
+def test_every_search_of_the_predecessor_has_its_preset_under_its_name() -> None:
+    searches = files.read_yaml(SEARCHES)
+    sized = {name: entry for name, entry in searches.items() if entry["model_size_in_b"] is not None}
+    assert len(searches) == 46
+    for name, entry in sized.items():
+        found = catalogue.preset(name)
+        assert catalogue.remark(name) is None, name
+        if name != "llama/llama2_7b_nemo":  # the same model on two nodes
+            assert found.num_nodes == entry["num_nodes"], name
+        assert found.time_limit_days == entry["max_training_days"], name
+        assert found.tokens == entry["num_tokens_in_b"] * 10**9, name
+        assert found.seq_length == entry["seq_length"], name
+    for name in set(searches) - set(sized):
+        with pytest.raises(InputError, match="hptool recommend"):
+            catalogue.preset(name)

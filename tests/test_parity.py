@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from hptool import catalogue, files, launch, rates, recommendation
+from hptool import catalogue, files, launch, rates
 from hptool.base_config import BaseConfig
 from hptool.candidates import Layout, Recompute, SearchLimits, SearchSpace, Workload, enumerate_layouts, refusal
 from hptool.errors import InputError
@@ -27,6 +27,7 @@ from hptool.predict import predict, stack
 from hptool.predict.flops import FORWARD_AND_BACKWARD, attention_flops, model_flops_per_step
 from hptool.presets import Preset, Site, lightning_time, parameters_of_size
 from hptool.recommend import Budget, Size, recommend
+from hptool.recommendation import request
 from hptool.units import TERA
 from tests.conftest import ROOT
 
@@ -131,7 +132,7 @@ def budget_of(given: Given) -> Budget:
 
 def size_of(name: str, shape: ModelShape, given: Given) -> Size:
     """The model at the rate of the case, on its tokens as `--tokens` reads them."""
-    tokens = recommendation._tokens(f"{given['num_tokens_in_b']}B")
+    tokens = request.read_tokens(f"{given['num_tokens_in_b']}B")
     assert isinstance(tokens, float)
     return replace(rates._size(name, shape, tokens), tflops_per_gpu=given["tflops_per_gpu"] * MODEL_PART)
 
