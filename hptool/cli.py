@@ -348,7 +348,10 @@ Examples:
 @click.option("--sample-tokens", type=int, default=64, show_default=True, help="Length of a sample of text.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="Of its tokens; 0 takes the likeliest.")
 @click.option(
-    "--hellaswag", type=click.Path(path_type=Path), metavar="FILE.jsonl", help="Questions to score at the end."
+    "--hellaswag",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="Questions to score at the end: one a line, with ctx, endings and label.",
 )
 @click.option(
     "--runs",

@@ -9,7 +9,7 @@ from hptool import catalogue, files, rates
 from hptool.errors import InputError, NoFeasibleLayout
 from hptool.facts import Cluster
 from hptool.plan import Plan, SearchRequest, make_plan
-from hptool.presets import Preset, Site
+from hptool.presets import Preset, Site, parameters_of_size
 from hptool.units import SECONDS_PER_DAY
 
 Say = Callable[[str], None]
@@ -108,7 +108,12 @@ def _model(request: ConfigRequest) -> str:
             raise InputError(f"--model: {model} given, but --size and --seq-length go with a family's presets")
         return model
     if request.size is not None:
+        if parameters_of_size(request.size) is None:
+            raise InputError(f"--size: {request.size!r} given, allowed is a size such as 6.7b or 350m")
         family, _, size = model.partition("/")
+        if family not in catalogue.families():
+            known = sorted(catalogue.families())
+            raise InputError(f"--model: unknown family {family!r}; {files.nearest(family, known)}")
         if size:
             raise InputError(f"--size: {request.size} given, but --model {model} has a size; give --model {family}")
         model = f"{family}/{request.size}"
@@ -138,12 +143,15 @@ def _made(request: ConfigRequest, preset: Preset | None, plan: Plan) -> MadeConf
     best = int(p.ranking()[0])
     if p.p_fit[best] < _EVEN:
         raise NoFeasibleLayout(
-            f"no layout of {config.run.name} fits into {config.gpus} {plan.cluster.gpu.name}: the best, "
-            f"{config.layout.name}, needs {p.memory_gib[best]:.0f} of {plan.cluster.gpu.memory_gib:g} GiB\n"
+            f"no layout of {config.run.name} fits into {config.gpus} {plan.cluster.gpu.name}: "
+            f"{rates.least_memory(plan)}\n"
             "what would help: more nodes, GPUs with more memory, or a smaller model"
         )
+    training_days = float(p.step_time_s[best]) * config.trainer.max_steps / SECONDS_PER_DAY
     if preset is not None and not request.overrides:
-        site = Site(cluster=plan.cluster, num_nodes=plan.nodes, time_limit_days=request.days)
+        site = Site(
+            cluster=plan.cluster, num_nodes=plan.nodes, time_limit_days=request.days, expected_days=training_days
+        )
         text = catalogue.config_text(preset, site, config.layout)
     else:  # comments do not survive a change of keys
         text = files.yaml_text(config.document())
@@ -157,7 +165,7 @@ def _made(request: ConfigRequest, preset: Preset | None, plan: Plan) -> MadeConf
         layout=config.layout.name,
         memory_gib=float(p.memory_gib[best]),
         p_fit=float(p.p_fit[best]),
-        training_days=float(p.step_time_s[best]) * config.trainer.max_steps / SECONDS_PER_DAY,
+        training_days=training_days,
         time_limit_days=limit,
     )
 

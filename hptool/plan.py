@@ -139,11 +139,10 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
 
 def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseConfig:
     """The preset or file that `--model` names, for these nodes, with the overrides."""
-    if not request.model.endswith((".yaml", ".yml")):
+    preset = None if request.model.endswith((".yaml", ".yml")) else catalogue.preset(request.model)
+    if preset is not None:
         site = Site(cluster=cluster, num_nodes=nodes)
-        document = files.parse_yaml(
-            catalogue.config_text(catalogue.preset(request.model), site, Layout()), request.model
-        )
+        document = files.parse_yaml(catalogue.config_text(preset, site, Layout()), request.model)
     else:
         document = files.read_config_yaml(Path(request.model))
         # The nodes and devices are the cluster's, whatever the file was written for.
@@ -152,6 +151,10 @@ def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseCon
             document = files.with_value(document, ["trainer", key], value)
     document = files.apply_overrides(document, request.overrides, "override")
     config = files.parse(document, BaseConfig, request.model)
+    if preset is not None and not any(override.startswith("trainer.max_steps=") for override in request.overrides):
+        # Another batch or length is no reason to train on other tokens than the recipe's.
+        steps = max(1, preset.tokens // (config.model.data.seq_length * config.model.global_batch_size))
+        config = replace(config, trainer=replace(config.trainer, max_steps=steps))
     for key, value, allowed in (
         ("num_nodes", config.trainer.num_nodes, nodes),
         ("devices", config.trainer.devices, cluster.gpus_per_node),

@@ -327,11 +327,12 @@ def warmup_steps(preset: Preset, max_steps: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a config is to run: what its job asks of the cluster."""
+    """Where a config is to run: what its job asks of the cluster, and the days that its training should take there."""
 
     cluster: Cluster
     num_nodes: int
     time_limit_days: float | None = None
+    expected_days: float | None = None
 
 
 @functools.cache
@@ -360,6 +361,8 @@ def render(templates: Mapping[str, str], preset: Preset, site: Site, layout: Lay
             preset=preset,
             cluster=site.cluster,
             num_nodes=site.num_nodes,
+            expected_days=site.expected_days,
+            limit_days=days,
             gbs=gbs,
             layout=layout,
             max_steps=max_steps,

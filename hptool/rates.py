@@ -86,12 +86,19 @@ def size_on(cluster: Cluster, model: str, tokens: float, tflops: float | None = 
     return _best(plan, model, tokens, tflops)
 
 
+def least_memory(plan: Plan) -> str:
+    """The layout that needs the least memory, and how much; for a model of which none fits."""
+    memory = plan.predictions.memory_gib
+    least = int(memory.argmin())
+    name = plan.predictions.layouts.row(least).name
+    return f"the least, {name}, needs {memory[least]:.0f} of {plan.cluster.gpu.memory_gib:g} GiB"
+
+
 def _best(plan: Plan, model: str, tokens: float, tflops: float | None) -> Size:
     shape, p = plan.config.shape, plan.predictions
     best = p.ranking()[0]
     if p.p_fit[best] < _EVEN:
-        memory = f"{p.memory_gib[best]:.0f} of {plan.cluster.gpu.memory_gib:g} GiB"
-        return _size(model, shape, tokens, refusal=f"no layout fits into memory; the best needs {memory}")
+        return _size(model, shape, tokens, refusal=f"no layout fits into memory: {least_memory(plan)}")
     return replace(
         _size(model, shape, tokens),
         layout=p.layouts.row(int(best)).name,

@@ -122,6 +122,12 @@ def train(request: TrainRequest, say: Say) -> Trained:
         files.write_text(directory / orders.ORDERS, files.json_text(given))
         if cluster is not None and cluster.scheduler == "slurm":
             return Trained(directory=directory, job_id=_submit(config, cluster, directory, say))
+        warmup = config.model.optim.sched.steps_of_warmup(config.trainer.max_steps)
+        if warmup >= config.trainer.max_steps:
+            say(
+                f"the learning rate only warms up: model.optim.sched.warmup_steps is {warmup}, "
+                f"trainer.max_steps {config.trainer.max_steps}"
+            )
         if not config.model.data.data_prefix:
             say("training on synthetic tokens: --data names no .bin/.idx set and no text")
         environment = dict(cluster.environment) if cluster is not None else {}
@@ -133,7 +139,7 @@ def train(request: TrainRequest, say: Say) -> Trained:
 
 
 def _read_config(request: TrainRequest) -> BaseConfig:
-    document = files.read_yaml(request.config)
+    document = files.read_config_yaml(request.config)
     if request.data is not None:
         document = files.with_value(document, ["model", "data", "data_prefix"], str(Path(request.data).absolute()))
     document = files.apply_overrides(document, request.overrides, "override")

@@ -39,6 +39,7 @@ def test_every_preset_becomes_a_config_that_can_start_and_fits(model: str) -> No
     assert found.memory_gib < 80
     assert config.shape == catalogue.preset(model).shape
     assert ("over its time limit" in said[0]) == (not found.in_time)
+    assert ("longer than its time limit" in found.text) == (not found.in_time)
 
 
 def test_a_training_longer_than_its_limit_is_said_first() -> None:
@@ -74,6 +75,14 @@ def test_a_users_config_gets_a_layout_for_these_nodes(tmp_path: Path) -> None:
     assert found.time_limit_days is None
 
 
+def test_another_batch_trains_on_the_same_tokens() -> None:
+    result = run("--model", "gpt3/5b", "--nodes", "20", "model.global_batch_size=1280")
+    config = files.parse(files.parse_yaml(result.stdout, "5b"), BaseConfig, "5b")
+    assert config.trainer.max_steps == 300_000_000_000 // (1280 * 2048)
+    result = run("--model", "gpt3/5b", "--nodes", "20", "model.global_batch_size=1280", "trainer.max_steps=7")
+    assert files.parse(files.parse_yaml(result.stdout, "5b"), BaseConfig, "5b").trainer.max_steps == 7
+
+
 def test_overrides_reach_the_config() -> None:
     result = run("--model", "gpt3/5b", "--nodes", "4", "model.optim.lr=3e-4", "model.tensor_model_parallel_size=4")
     config = files.parse(files.parse_yaml(result.stdout, "5b"), BaseConfig, "5b")
@@ -82,7 +91,7 @@ def test_overrides_reach_the_config() -> None:
 
 def test_no_layout_holds_a_model_that_is_too_large() -> None:
     with pytest.raises(
-        NoFeasibleLayout, match=r"no layout of gpt3_175b fits into 8 a100-80gb: the best, .* of 79.2 GiB"
+        NoFeasibleLayout, match=r"no layout of gpt3_175b fits into 8 a100-80gb: the least, tp8-.* of 79.2 GiB"
     ):
         made(model="gpt3/175b", nodes=1)
 
@@ -91,8 +100,10 @@ def test_no_layout_holds_a_model_that_is_too_large() -> None:
     ("words", "message", "code"),
     [
         (["--model", "gpt3/5c"], "did you mean gpt3/5b?", 2),
-        (["--model", "gpt4", "--size", "5b"], "gpt4/5b: unknown model preset", 2),
+        (["--model", "gpt4", "--size", "5b"], "--model: unknown family 'gpt4'; did you mean gpt3?", 2),
         (["--model", "gpt3/5b", "--size", "6b"], "--size: 6b given, but --model gpt3/5b has a size", 2),
+        (["--model", "gpt3", "--size", "banana"], "--size: 'banana' given, allowed is a size such as 6.7b or 350m", 2),
+        (["--model", "gpt3"], "gpt3: is a family; allowed are gpt3/gpt2_124m, gpt3/126m, ", 2),
         (["--model", "gpt3/5b", "--days", "0"], "--days: 0 given, allowed is more than 0", 2),
         (["--model", "gpt3/5b", "--nodes", "0"], "--nodes: 0 given, allowed is 1 to", 2),
         (["--model", "gpt3/5b", "--seq-length", "0"], "--seq-length: 0 given, allowed is 1 or more", 2),

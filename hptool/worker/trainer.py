@@ -86,6 +86,8 @@ class _Trainer:
         first_step, max_steps = position.step, self._config.trainer.max_steps
         book = Journal(self._place.directory, position.step, self._orders.log_every) if self._place.rank == 0 else None
         self._log(f"begins after step {position.step} of {max_steps}")
+        for note in self._notes(book):
+            self._log(note)
         loss, stop = None, Stop.DONE
         if position.step == 0:
             self._evaluate(position, book, sampled=False)
@@ -213,7 +215,8 @@ class _Trainer:
         if self._validation is None:
             notes.append(
                 f"No validation: model.data.splits_string ({self._config.model.data.splits_string}) leaves no sample "
-                "for it, or trainer.limit_val_batches is 0; so there is no row for runs.csv either."
+                "for it, or trainer.limit_val_batches is 0; so there is no row for runs.csv either. A small text wants "
+                "more of it: model.data.splits_string=90,10,0"
             )
         if book is not None and not book.has_tensorboard:
             notes.append(journal.NO_TENSORBOARD)
