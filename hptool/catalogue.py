@@ -83,9 +83,8 @@ def _read(name: str) -> Preset:
 def _by_size(model: str) -> Preset:
     family_name, _, size = model.partition("/")
     if model in families():
-        raise InputError(
-            f"{model}: is a family; allowed are its presets, such as {next(iter(presets(model)))}, and sizes"
-        )
+        names = ", ".join(name for name, found in presets(model).items() if not found.toy)
+        raise InputError(f"{model}: is a family; allowed are {names}, or a size such as {model}/3b")
     if family_name not in families():
         raise InputError(f"{model}: unknown model preset; {files.nearest(model, preset_names())} {_OR_A_FILE}")
     if size == "unknown_size":
