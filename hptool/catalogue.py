@@ -57,10 +57,16 @@ def remark(model: str) -> str | None:
         return None
     shape = found.shape
     near = min(known, key=lambda name: _apart(known[name], shape.num_parameters))
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2) / shape.num_parameters
+    mostly = f"; {embeddings:.0%} of them are embeddings" if embeddings > _MANY_EMBEDDINGS else ""
     return (
         f"{model} is no preset (the nearest is {near}): {shape.pipeline_layers} layers of {shape.hidden_size}, "
-        f"{shape.num_parameters / 1e9:.3g}B parameters, by the family's rule"
+        f"{shape.num_parameters / 1e9:.3g}B parameters, by the family's rule{mostly}"
     )
+
+
+#: Above this part a model is a table of words more than a network: worth a word.
+_MANY_EMBEDDINGS = 0.5
 
 
 def config_text(found: Preset, site: Site, layout: Layout) -> str:

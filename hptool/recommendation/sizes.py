@@ -197,7 +197,16 @@ class OneModel:
             },
         )
         console.print(LEFT_OUT)
-        console.print(next_step(size.name, request), soft_wrap=True, markup=False)
+        if self.fits is not False:
+            console.print(next_step(size.name, request), soft_wrap=True, markup=False)
+
+    @property
+    def fits(self) -> bool | None:
+        """The model ends in these days with the asked-for certainty; None where no days were given."""
+        days = self.request.days
+        if days is None:
+            return None
+        return self.size.fits(Budget(gpus=self.request.gpus or 1, days=days), self.request.confidence)
 
     @property
     def headline(self) -> str:
@@ -208,8 +217,7 @@ class OneModel:
         if request.days is None:
             return f"{size.name} trains in {taken} days on {request.where}"
         if self.given:
-            fits = size.fits(Budget(gpus=gpus, days=request.days), request.confidence)
-            says = "fits" if fits else "does not fit"
+            says = "fits" if self.fits else "does not fit"
             return f"{says}: {size.name} takes {taken} of {in_days(request.days)} on {request.where}"
         sure = "" if self.sure is None or not size.error else f", {self.sure[0]} to be {request.confidence:.0%} sure"
         return f"{size.name} in {in_days(request.days)} needs {gpus} × {request.cluster.gpu.name}{sure}"
@@ -233,7 +241,7 @@ class OneModel:
         budget = Budget(gpus=request.gpus or 1, days=request.days or size.days(request.gpus or 1))
         return {
             "answer": self.headline,
-            "fits": size.fits(budget, request.confidence) if request.days is not None else None,
+            "fits": self.fits,
             "model": size_document(size, budget),
             "gpus_exactly": size.gpus(request.days) if request.days is not None else None,
             "gpus_surely": self.sure[0] if self.sure else None,
