@@ -16,7 +16,7 @@ demo: $(VENV)/.worker
 	  --limit-search-runs 6 --max-steps-per-run 20 --max-minutes-per-run 2
 
 test: $(VENV)/.dev browser
-	@echo "make test: unit, numerics, local and Slurm tests; about 20 minutes on two cores"
+	@echo "make test: unit, numerics, local and Slurm tests; about 25 minutes on two cores"
 	$(BIN)/python -m pytest --ignore=tests/worker
 	@# Apart, because ranks are forked from the process of these tests, and forking a large one is slow.
 	$(BIN)/python -m pytest tests/worker
