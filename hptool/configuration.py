@@ -14,12 +14,6 @@ from hptool.units import SECONDS_PER_DAY
 
 Say = Callable[[str], None]
 
-#: A layout is taken to fit if it is more likely to than not.
-_EVEN = 0.5
-
-#: The GPU of the recipes.
-_GPU = "a100-80gb"
-
 #: GPUs in a node of those that recipes name (DGX).
 _RECIPE_NODE = 8
 
@@ -126,7 +120,7 @@ def _cluster(request: ConfigRequest, preset: Preset | None) -> Cluster:
     """The nodes asked for, or those that the recipe names."""
     if request.cluster is not None and request.gpu is not None:
         raise InputError(f"--gpu: {request.gpu} given, but --cluster {request.cluster} has its GPU; give one of them")
-    cluster = rates.cluster_of(request.gpu or _GPU, request.cluster)
+    cluster = rates.cluster_of(request.gpu or rates.USUAL_GPU, request.cluster)
     if request.nodes is not None:
         nodes = request.nodes
     elif preset is not None:
@@ -141,7 +135,7 @@ def _cluster(request: ConfigRequest, preset: Preset | None) -> Cluster:
 def _made(request: ConfigRequest, preset: Preset | None, plan: Plan) -> MadeConfig:
     config, p = plan.config, plan.predictions
     best = int(p.ranking()[0])
-    if p.p_fit[best] < _EVEN:
+    if p.p_fit[best] < rates.EVEN:
         raise NoFeasibleLayout(
             f"no layout of {config.run.name} fits into {config.gpus} {plan.cluster.gpu.name}: "
             f"{rates.least_memory(plan)}\n"

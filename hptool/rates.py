@@ -14,8 +14,11 @@ from hptool.recommend import Size, fewest
 #: More GPUs than any cluster has; up to so many are looked at where no profile says how many there are.
 MOST_GPUS = 2**17
 
+#: The GPU that is meant where none is named: that of the recipes.
+USUAL_GPU = "a100-80gb"
+
 #: A layout is taken to fit if it is more likely to than not.
-_EVEN = 0.5
+EVEN = 0.5
 
 
 # ---------------------------------------------------------------- where
@@ -97,7 +100,7 @@ def least_memory(plan: Plan) -> str:
 def _best(plan: Plan, model: str, tokens: float, tflops: float | None) -> Size:
     shape, p = plan.config.shape, plan.predictions
     best = p.ranking()[0]
-    if p.p_fit[best] < _EVEN:
+    if p.p_fit[best] < EVEN:
         return _size(model, shape, tokens, refusal=f"no layout fits into memory: {least_memory(plan)}")
     return replace(
         _size(model, shape, tokens),

@@ -54,7 +54,7 @@ class Request:
         _check_numbers(options)
         tokens = read_tokens(options["tokens"])
         _check_together(options, tokens)
-        cluster = rates.cluster_of(options["gpu"] or _GPU, options["cluster"])
+        cluster = rates.cluster_of(options["gpu"] or rates.USUAL_GPU, options["cluster"])
         gpus = options["gpus"]
         if gpus is None and options["cluster"] is not None and options["model"] is None:
             gpus = cluster.nodes * cluster.gpus_per_node
@@ -97,7 +97,6 @@ class Request:
         return f"{self.gpus} × {self.cluster.gpu.name}"
 
 
-_GPU = "a100-80gb"
 _COMPUTE_OPTIMAL = "compute-optimal"
 _SUFFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 MOST_TOKENS = 1e18
