@@ -4,6 +4,7 @@
     ├── InputError           2  a file, key, flag or directory is not what it must be
     ├── NoFeasibleLayout     3  every layout was ruled out before launch
     └── LaunchError          4  jobs could not be submitted, or none of them was measured
+        └── BusyError        4  not now, but perhaps later
 
 Anything else that escapes is a bug: it ends with a traceback and exit code 1.
 """
@@ -38,3 +39,7 @@ class LaunchError(HptoolError):
     """The scheduler refused the jobs, cannot be reached, or no run gave a measurement."""
 
     exit_code = 4
+
+
+class BusyError(LaunchError):
+    """The scheduler does not take a job now, but may later: its limit of jobs is reached, or it does not answer."""

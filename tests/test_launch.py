@@ -128,7 +128,7 @@ def test_a_job_that_nobody_knows_is_lost_within_seconds(
 ) -> None:
     slurm.says("sacct", **sacct)
     assert launcher.status(["12"])["12"].state is JobState.RUNNING  # it may only just have been submitted
-    later = time.monotonic() + launch._UNKNOWN_PATIENCE_S + 1
+    later = time.monotonic() + launch.slurm._UNKNOWN_PATIENCE_S + 1
     monkeypatch.setattr(time, "monotonic", lambda: later)
     found = launcher.status(["12"])["12"]
     assert (found.state, found.meaning) == (JobState.LOST, FailureKind.LOST)

@@ -306,7 +306,7 @@ def job_minutes(given: Given) -> tuple[float, float]:
     """How long a run may take by its trainer, and by its scheduler without the time that it leaves for starting."""
     minutes = given["max_minutes_per_run"]
     run = launch.Run(name="run", directory=Path("results/x/runs/run"), nodes=1, max_minutes=minutes)
-    scheduled = launch.run_parameters(run, a100(80))["time"] - launch._SCHEDULER_MARGIN_MINUTES
+    scheduled = launch.run_parameters(run, a100(80))["time"] - launch.jobs.SCHEDULER_MARGIN_MINUTES
     return span(lightning_time(timedelta(minutes=minutes))).total_seconds() / 60, scheduled
 
 

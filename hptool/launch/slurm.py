@@ -1,26 +1,21 @@
-"""Launchers: hand runs to a scheduler, ask how they are, cancel them. Slurm and local processes, both by submitit.
+"""Runs as Slurm jobs.
 
-Jobs are never asked for a result: the worker writes its own outcome files, and a launcher only knows whether a job
-still lives. Job states come from Slurm's queue first and from its accounting second, because submitit's own watcher
-asks accounting alone and waits for ever without it.
+Job states come from Slurm's queue first and from its accounting second, because submitit's own watcher asks accounting
+alone and waits for ever without it.
 """
 
 import contextlib
 import math
-import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -28,163 +23,9 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from hptool.errors import LaunchError
 from hptool.facts import Cluster
+from hptool.launch.jobs import SCHEDULER_MARGIN_MINUTES, JobState, JobStatus, Run, Started, blocked, node_job
 from hptool.measurement import FailureKind
-from hptool.units import SECONDS_PER_MINUTE
-from hptool.worker.supervisor import NodeJob, run_node
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One timed run of one layout: `nodes` whole nodes, a limit of its own, its files in `directory`."""
-
-    name: str
-    directory: Path
-    nodes: int
-    max_minutes: float
-
-
-class JobState(StrEnum):
-    """Where a job stands. Pending and running may change; the others are final."""
-
-    PENDING = "pending"
-    RUNNING = "running"
-    ENDED = "ended"
-    LOST = "lost"  # the scheduler does not know it any more, or never will run it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobStatus:
-    """A job's state, the scheduler's own words, and the kind of failure they mean if no outcome file is found."""
-
-    state: JobState
-    detail: str = ""
-    meaning: FailureKind = FailureKind.CRASH
-
-
-#: Told of a run and the id of its job.
-Started = Callable[[Run, str], None]
-
-
-class Launcher(Protocol):
-    """The seam to a scheduler. Every call returns within a minute."""
-
-    #: How many runs may be under way at once; None leaves it to the scheduler.
-    slots: int | None
-    #: Seconds between two looks at the jobs.
-    poll_s: float
-
-    def submit(self, runs: Sequence[Run], started: Started) -> None:
-        """Start the runs, and tell `started` of each as soon as it has a job id.
-
-        Raises LaunchError with the scheduler's own words; runs of which `started` heard go on then.
-        """
-
-    def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-        """The state of each job."""
-
-    def cancel(self, job_ids: Sequence[str]) -> None:
-        """End the jobs; when this returns none of them runs any more, or LaunchError says which may."""
-
-    def log_path(self, job_id: str) -> Path:
-        """Where the job's own output goes, beside the logs of its ranks."""
-
-
-#: Importing torch and megatron-core and shutting down take time that is not the run's; the scheduler's limit is the
-#: run's plus this, so that the supervisor inside the job ends it first and says why.
-_SCHEDULER_MARGIN_MINUTES = 3
-
-
-#: How long cancelled local processes may take to go, and how often they are told.
-_CANCEL_S = 20
-_RESEND_S = 0.2
-
-
-def launcher(cluster: Cluster, folder: Path) -> Launcher:
-    """The launcher for a cluster; submission scripts and job logs go into `folder`."""
-    fresh = folder / uuid.uuid4().hex[:8]  # submitit names files by job id, and ids can come round again
-    return SlurmLauncher(cluster, fresh) if cluster.scheduler == "slurm" else LocalLauncher(cluster, fresh)
-
-
-def _node_job(run: Run, cluster: Cluster, owner_pid: int | None) -> NodeJob:
-    return NodeJob(
-        config_path=str(run.directory / "config.yaml"),
-        run_directory=str(run.directory),
-        max_minutes=run.max_minutes,
-        memory_gib_per_rank=cluster.gpu.memory_gib if cluster.gpu.device == "cpu" else None,
-        owner_pid=owner_pid,
-        environment=dict(cluster.environment) if cluster.scheduler == "local" else {},
-    )
-
-
-class LocalLauncher:
-    """Runs as processes of this machine, one at a time, because they share its devices."""
-
-    slots: int | None = 1
-    poll_s = 0.2
-
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self._cluster = cluster
-        self._folder = folder
-        self._jobs: dict[str, submitit.Job[None]] = {}
-
-    def submit(self, runs: Sequence[Run], started: Started) -> None:
-        """As `Launcher.submit`."""
-        executor = submitit.LocalExecutor(self._folder)
-        for run in runs:
-            executor.update_parameters(
-                timeout_min=run.max_minutes + _SCHEDULER_MARGIN_MINUTES,
-                tasks_per_node=1,
-                gpus_per_node=self._cluster.gpus_per_node if self._cluster.gpu.device == "cuda" else 0,
-                stderr_to_stdout=True,
-            )
-            # Deaf, so that a terminal's Ctrl-C reaches hptool alone, which ends its jobs in order.
-            with blocked(signal.SIGINT):
-                job = executor.submit(run_node, _node_job(run, self._cluster, os.getpid()))
-            self._jobs[job.job_id] = job
-            started(run, job.job_id)
-
-    def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-        """As `Launcher.status`; a job of another process is lost, for it ended with that process."""
-        found = {}
-        for job_id in job_ids:
-            job = self._jobs.get(job_id)
-            if job is None:
-                detail = "its search is gone and took it along"
-                found[job_id] = JobStatus(state=JobState.LOST, detail=detail, meaning=FailureKind.LOST)
-            elif job.done():
-                found[job_id] = JobStatus(state=JobState.ENDED, detail="its processes ended without an outcome")
-            else:
-                found[job_id] = JobStatus(state=JobState.RUNNING)
-        return found
-
-    def cancel(self, job_ids: Sequence[str]) -> None:
-        """As `Launcher.cancel`."""
-        mine = [self._jobs[i] for i in job_ids if i in self._jobs]
-        deadline = time.monotonic() + _CANCEL_S
-        while left := [job.job_id for job in mine if not job.done()]:
-            if time.monotonic() > deadline:
-                raise LaunchError(f"local jobs {', '.join(left)} (process ids) did not end {_CANCEL_S} s after SIGTERM")
-            for job_id in left:  # again and again, because submitit swallows the signal while a job starts
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(job_id), signal.SIGTERM)  # submitit hands it on and ends after the supervisor
-            time.sleep(_RESEND_S)
-
-    def log_path(self, job_id: str) -> Path:
-        """As `Launcher.log_path`."""
-        return self._folder / f"{job_id}_0_log.out"
-
-
-@contextlib.contextmanager
-def blocked(*signals: signal.Signals) -> Iterator[None]:
-    """Within, these signals wait, and processes that are started never see them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# ---------------------------------------------------------------- Slurm
+from hptool.worker.supervisor import run_node
 
 _ACTIVE = frozenset(
     "RUNNING COMPLETING CONFIGURING RESIZING SIGNALING STAGE_OUT STOPPED SUSPENDED".split()  # noqa: SIM905
@@ -257,7 +98,7 @@ def slurm_parameters(cluster: Cluster, *, nodes: int, time_limit: int | str, nam
 
 def run_parameters(run: Run, cluster: Cluster) -> dict[str, Any]:
     """As `slurm_parameters`, for a timed run."""
-    minutes = math.ceil(run.max_minutes) + _SCHEDULER_MARGIN_MINUTES
+    minutes = math.ceil(run.max_minutes) + SCHEDULER_MARGIN_MINUTES
     name = f"hptool-{run.directory.parent.parent.name}"
     return slurm_parameters(cluster, nodes=run.nodes, time_limit=minutes, name=name)
 
@@ -307,7 +148,7 @@ class SlurmLauncher:
             raise LaunchError("sbatch: not found on this machine; run hptool where Slurm's commands are installed")
         for _, group in groupby(sorted(runs, key=_shape), key=_shape):
             same = list(group)
-            jobs = [_node_job(run, self._cluster, None) for run in same]
+            jobs = [node_job(run, self._cluster, None) for run in same]
             executor = submitit.SlurmExecutor(self._folder)
             executor.update_parameters(**run_parameters(same[0], self._cluster))
             # No interruption between a job's start and the note of its id, or it would be nobody's.
@@ -384,6 +225,14 @@ class SlurmLauncher:
         if job_ids:
             _slurm("scancel", *job_ids)
 
+    def find(self, tokens: Sequence[str]) -> dict[str, str]:
+        """As `Launcher.find`; local jobs end with the process that started them."""
+        del tokens
+        return {}
+
+    def close(self) -> None:
+        """As `Launcher.close`."""
+
     def log_path(self, job_id: str) -> Path:
         """As `Launcher.log_path`."""
         return self._folder / f"{job_id}_0_log.out"
@@ -420,7 +269,3 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
-
-
-#: How long past its limit a running job is left to its supervisor and its scheduler before hptool cancels it.
-OVERDUE_S = (_SCHEDULER_MARGIN_MINUTES + 2) * SECONDS_PER_MINUTE
