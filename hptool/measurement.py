@@ -7,6 +7,8 @@ from enum import StrEnum
 from statistics import median
 from typing import TypeAlias
 
+from hptool import timing
+
 
 class FailureKind(StrEnum):
     """Why a run gave no measurement."""
@@ -16,7 +18,7 @@ class FailureKind(StrEnum):
     HANG = "hang"  # no step finished for too long although the job had time left
     CRASH = "crash"  # an error in the worker, or a rank that died
     INVALID = "invalid"  # the worker refused the config, or its numbers are not finite
-    LOST = "lost"  # the scheduler ended or forgot the job: cancelled, node failure, vanished
+    LOST = "lost"  # not the layout's fault: cancelled, node failure, vanished, or its files could not be written
     REJECTED = "rejected"  # the scheduler never took it
 
 
@@ -35,13 +37,20 @@ class Measurement:
     """One timed run.
 
     `step_times_s` are the steps after `warmup_steps`, slowest rank, device synchronised; `step_time_s` is their
-    median. `losses` are the mean loss of every step from the first. `peak_memory_gib` is of the fullest rank, and
+    median, and from `step_time_low_s` to `step_time_high_s` reaches the interval of it that `timing.median_interval`
+    finds. Where not `is_steady`, the steps had not settled when the run ended, and its median says less than its
+    interval does. `startup_s` passed from the start of the run's supervisor, imports included, to the start of the
+    first step. `losses` are the mean loss of every step from the first. `peak_memory_gib` is of the fullest rank, and
     `memory_kind` says what was read: "max allocated" by the device's allocator, or "max resident" of the process.
     """
 
     step_times_s: tuple[float, ...]
     step_time_s: float
+    step_time_low_s: float
+    step_time_high_s: float
+    is_steady: bool
     warmup_steps: int
+    startup_s: float
     losses: tuple[float, ...]
     peak_memory_gib: float
     memory_kind: str
@@ -65,6 +74,21 @@ class Measurement:
         if not math.isclose(self.step_time_s, median(self.step_times_s)):
             msg = f"step_time_s: {self.step_time_s} given, allowed is the median of step_times_s"
             raise ValueError(msg)
+        if not self.step_time_low_s <= self.step_time_s <= self.step_time_high_s:
+            msg = (
+                f"step_time_low_s, step_time_high_s: {self.step_time_low_s} and {self.step_time_high_s} given, "
+                f"allowed is an interval around step_time_s ({self.step_time_s})"
+            )
+            raise ValueError(msg)
+        if not 0 <= self.startup_s < math.inf:
+            msg = f"startup_s: {self.startup_s} given, allowed is 0 or more seconds"
+            raise ValueError(msg)
+
+    @property
+    def relative_error(self) -> float:
+        """The standard deviation of `step_time_s` as a fraction of it, to weigh this measurement by."""
+        coverage = timing.coverage(len(self.step_times_s))
+        return timing.relative_error(self.step_time_low_s, self.step_time_high_s, self.step_time_s, coverage)
 
 
 Outcome: TypeAlias = Measurement | Failure

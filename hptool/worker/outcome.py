@@ -1,14 +1,21 @@
 """How a run ends on disk: `measurement.json`, or the one failure that came first. Knows neither torch nor megatron."""
 
 import contextlib
+import errno
+import logging
 import os
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
 from hptool import files
 from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind, Measurement
+from hptool.secrets import redact
 from hptool.worker.orders import RESULT
+
+_LOG = logging.getLogger(__name__)
 
 MEASUREMENT = "measurement.json"
 PROGRESS = "progress.json"
@@ -36,7 +43,18 @@ _PEER_LOST = (
     "remote process exit",
 )
 
+#: What a disk says that is full or gone. It says nothing about the layout.
+_DISK_FAILED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
+
 _MESSAGE_LIMIT = 500
+
+#: How long a full disk may take to have room for a measurement again, and how long between two looks at it.
+_PATIENCE_S = 60.0
+_RETRY_S = 1.0
+
+
+class NotWrittenError(RuntimeError):
+    """The numbers of a run are there, and could not be written."""
 
 
 def log_path(directory: Path, rank: int) -> Path:
@@ -57,16 +75,34 @@ def is_measured(directory: Path) -> bool:
 
 
 def write_measurement(directory: Path, measurement: Measurement) -> None:
-    """The numbers of the run; written by one rank only."""
-    files.write_text(directory / MEASUREMENT, files.json_text(measurement))
+    """The numbers of the run; written by one rank only, whole or not at all.
+
+    They have cost all of the run: where they cannot be written, it is tried again for a minute. NotWrittenError then.
+    """
+    path, text = directory / MEASUREMENT, files.json_text(measurement)
+    deadline = time.monotonic() + _PATIENCE_S
+    is_told = False
+    while True:
+        try:
+            files.write_text(path, text)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise NotWrittenError(f"{path}: cannot be written: {error.strerror}") from error
+            if not is_told:
+                _LOG.warning("waiting up to %g s for %s to be writable: %s", _PATIENCE_S, path, error.strerror)
+                is_told = True
+            time.sleep(_RETRY_S)
+        else:
+            return
 
 
 def record_failure(directory: Path, failure: Failure) -> Failure:
     """Writes `failure-rankN.json`, unless a failure was first; answers the one that was.
 
     Ranks and supervisors of all nodes may call this at once. What the loser brought follows from what the winner
-    saw, and is in its log.
+    saw, and is in its log. OSError where nothing can be written, InputError where what is there cannot be read.
     """
+    failure = replace(failure, message=redact(failure.message))
     directory.mkdir(parents=True, exist_ok=True)
     first = directory / _FIRST
     handle, aside = tempfile.mkstemp(dir=directory, prefix=".failure.")
@@ -83,9 +119,8 @@ def record_failure(directory: Path, failure: Failure) -> Failure:
     # The winner may have died between link and this line: so everyone publishes the first, not their own.
     text = files.read_text(first)
     winner: Failure = files.parse_json(text, Failure, str(first))
-    published = directory / f"failure-rank{winner.rank or 0}.json"
-    if not published.exists():
-        files.write_text(published, text)
+    with contextlib.suppress(FileExistsError):
+        os.link(first, directory / f"failure-rank{winner.rank or 0}.json")  # whole at once, also on a full disk
     return winner
 
 
@@ -106,12 +141,15 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def failure_of(error: BaseException, rank: int, log: Path | None) -> Failure:
     """What an exception of a rank means for the run."""
-    text = str(error)
+    text = redact(str(error))
+    disk_failed = isinstance(error, OSError) and error.errno in _DISK_FAILED
     # By name, because torch.OutOfMemoryError cannot be imported here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or speaks_of_memory(text):
         kind = FailureKind.OOM
     elif isinstance(error, InputError | FloatingPointError):
         kind = FailureKind.INVALID
+    elif isinstance(error, NotWrittenError) or disk_failed:
+        kind = FailureKind.LOST
     else:
         kind = FailureKind.CRASH
     message = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -1,16 +1,16 @@
 """One rank of the training, from the process group to its outcome."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import resource
+import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -19,12 +19,13 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 import hptool
+from hptool import timing
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.measurement import Measurement
 from hptool.predict.flops import MODEL_FLOPS_CONVENTION, model_flops_per_step
 from hptool.units import GIB, TERA
-from hptool.worker import cpu, outcome
+from hptool.worker import cpu, outcome, processes
 from hptool.worker.model import attention_name
 from hptool.worker.nodes import Place
 from hptool.worker.processes import Heartbeats, limit_memory
@@ -58,12 +59,17 @@ def attempt(run: Callable[[], None], place: Place) -> int:
     try:
         run()
     except Exception as error:  # noqa: BLE001 (whatever it is, it ends this run and must be told)
-        traceback.print_exc()
+        processes.print_traceback()
         if outcome.is_lost_peer(error):
             deadline = time.monotonic() + _ROOT_CAUSE_S
             while time.monotonic() < deadline and not outcome.has_failed(place.directory):
                 time.sleep(0.1)
-        outcome.record_failure(place.directory, outcome.failure_of(error, place.rank, place.log))
+        failure = outcome.failure_of(error, place.rank, place.log)
+        try:
+            outcome.record_failure(place.directory, failure)
+        except (OSError, InputError) as unwritten:
+            print(f"{unwritten}: cannot write that this rank has failed: {failure.message}", file=sys.stderr)  # noqa: T201 (the log)
+            return processes.CANNOT_WRITE
         return 1
     return 0
 
@@ -74,15 +80,15 @@ def _run(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
         limit_memory(place.memory_gib)
     with refusals_by_name(place, heartbeats):
         training = Training(config, device, beat=lambda: heartbeats.beat(place.local_rank))
-        reports = _train(config, training, place, heartbeats)
+        reports, startup_s = _train(config, training, place, heartbeats)
     peak = _peak_memory_gib(device)
     if place.rank == 0:
-        outcome.write_measurement(place.directory, _measurement(config, reports, peak, device))
+        outcome.write_measurement(place.directory, _measurement(config, reports, startup_s, peak, device))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-@contextmanager
+@contextlib.contextmanager
 def refusals_by_name(place: Place, heartbeats: Heartbeats) -> Iterator[None]:
     """Within, what Megatron says before a first step has gone through is an InputError.
 
@@ -163,28 +169,34 @@ def _meet(config: BaseConfig, place: Place) -> None:
     torch.distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
 
 
-def _train(config: BaseConfig, training: Training, place: Place, heartbeats: Heartbeats) -> list[StepReport]:
-    reports = []
-    told = 0.0
+def _train(
+    config: BaseConfig, training: Training, place: Place, heartbeats: Heartbeats
+) -> tuple[list[StepReport], float]:
+    """All steps, and the seconds from the start of the supervisor to that of the first step's clock."""
+    reports: list[StepReport] = []
+    told = startup_s = 0.0
     for step in range(config.trainer.max_steps):
         report = training.step(step)
         heartbeats.finish_step(place.local_rank)
+        if step == 0:
+            startup_s = time.monotonic() - heartbeats.started - report.time_s
         reports.append(report)
         if place.rank == 0:
             print(f"step {step + 1} of {config.trainer.max_steps}: loss {report.loss:.6f}, {report.time_s:.4f} s")  # noqa: T201 (the log)
             if time.monotonic() - told > _PROGRESS_INTERVAL_S or step + 1 == config.trainer.max_steps:
                 told = time.monotonic()
                 tell_progress(config, place.directory, step, report)
-    return reports
+    return reports, startup_s
 
 
 def tell_progress(config: BaseConfig, directory: Path, step: int, report: StepReport) -> None:
-    """For those who watch; no one waits for it, so it is not forced to disk."""
+    """For those who watch; no one waits for it, so it is not forced to disk, nor does a full one matter."""
     tokens_per_s = config.model.global_batch_size * config.shape.tokens_per_sequence / report.time_s
     progress = {"step": step + 1, "of": config.trainer.max_steps, "tokens_per_s": tokens_per_s, "loss": report.loss}
     aside = directory / f".{outcome.PROGRESS}"
-    aside.write_text(json.dumps(progress), encoding="utf-8")
-    aside.replace(directory / outcome.PROGRESS)
+    with contextlib.suppress(OSError):
+        aside.write_text(json.dumps(progress), encoding="utf-8")
+        aside.replace(directory / outcome.PROGRESS)
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -198,15 +210,23 @@ def _peak_memory_gib(device: torch.device) -> float:
     return float(peak) / GIB
 
 
-def _measurement(config: BaseConfig, reports: list[StepReport], peak_gib: float, device: torch.device) -> Measurement:
-    warmup = warmup_steps(config.trainer.max_steps)
-    times = [report.time_s for report in reports[warmup:]]
+def _measurement(
+    config: BaseConfig, reports: list[StepReport], startup_s: float, peak_gib: float, device: torch.device
+) -> Measurement:
+    all_times = [report.time_s for report in reports]
+    warmup = timing.warmup_steps(all_times)
+    times = all_times[warmup:]
+    low_s, high_s = timing.median_interval(times)
     shape, gbs, gpus = config.shape, config.model.global_batch_size, config.gpus
     model_flops = model_flops_per_step(shape, gbs)
     return Measurement(
         step_times_s=tuple(times),
         step_time_s=median(times),
+        step_time_low_s=low_s,
+        step_time_high_s=high_s,
+        is_steady=timing.is_steady(all_times),
         warmup_steps=warmup,
+        startup_s=startup_s,
         losses=tuple(report.loss for report in reports),
         peak_memory_gib=peak_gib,
         memory_kind="max allocated" if device.type == "cuda" else "max resident",
@@ -223,11 +243,6 @@ def _measurement(config: BaseConfig, reports: list[StepReport], peak_gib: float,
         attention=attention_name(config),
         versions=_versions(device),
     )
-
-
-def warmup_steps(max_steps: int) -> int:
-    """Steps that are not timed: caches fill, kernels are chosen, communicators connect."""
-    return min(5, max(1, max_steps // 4))
 
 
 def _device_name(device: torch.device) -> str:

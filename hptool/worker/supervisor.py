@@ -3,6 +3,7 @@
 Importing this module loads neither torch nor Megatron-core; `run_node` does, once for all ranks of the node.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -10,7 +11,6 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from hptool import files
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind
+from hptool.secrets import redact
 from hptool.units import GIB, SECONDS_PER_MINUTE
 from hptool.worker import outcome, processes
 from hptool.worker.nodes import Meeting, Node, Place, listen, this_node
@@ -97,9 +98,10 @@ def run_node(job: NodeJob) -> None:
         refuse_impossible(config, job.config_path)
         node = this_node(config.trainer.num_nodes)
     except InputError as error:
-        outcome.clear(directory)  # on every node, but all come to this same end
-        outcome.record_failure(directory, outcome.failure_of(error, 0, None))
-        raise
+        with contextlib.suppress(OSError):  # it is said again below
+            outcome.clear(directory)  # on every node, but all come to this same end
+        _record(directory, outcome.failure_of(error, 0, None))
+        raise InputError(*map(redact, error.problems)) from None  # a scheduler's log may be read by others
     run_ranks(config, job, node)
 
 
@@ -114,20 +116,20 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
         directory=directory, job=job, first_rank=node.index * devices, heartbeats=processes.Heartbeats(devices)
     )
     with _cancelled_by_signals(watch):
-        if node.index == 0:
-            outcome.clear(directory)
         try:
+            if node.index == 0:
+                outcome.clear(directory)
             run_rank = load_framework(config.trainer.accelerator, job.orders)
         except InputError as error:
-            outcome.record_failure(directory, outcome.failure_of(error, watch.first_rank, None))
+            _record(directory, outcome.failure_of(error, watch.first_rank, None))
             raise
+        except OSError as error:
+            raise RunFailedError(_record(directory, outcome.failure_of(error, watch.first_rank, None))) from error
         try:
-            _fork_ranks(watch, run_rank, config, node)
-            failure = watch.until_done(tell)
+            failure = _train(watch, run_rank, config, node, tell)
             watch.end_ranks()
             if failure is not None and not outcome.is_measured(directory):  # it may have finished while it was ended
-                first = outcome.record_failure(directory, failure)
-                raise RunFailedError(first)
+                raise RunFailedError(_record(directory, failure))
             if watch.stop_signal is not None:
                 raise SystemExit(128 + watch.stop_signal)
         finally:
@@ -162,6 +164,26 @@ def load_framework(accelerator: str, orders: Orders | None = None) -> RunRank:
 
             return partial(train_rank, orders)
     return run_rank
+
+
+def _record(directory: Path, failure: Failure) -> Failure:
+    """As `outcome.record_failure`; where that cannot write, it is said, and what was to be written is the answer."""
+    try:
+        return outcome.record_failure(directory, failure)
+    except (OSError, InputError) as error:
+        _LOG.error("cannot write how this run ended, which was %s: %s (%s)", failure.kind, failure.message, error)
+        return failure
+
+
+def _train(
+    watch: "_Watch", run_rank: RunRank, config: BaseConfig, node: Node, tell: Callable[[], None]
+) -> Failure | None:
+    """Starts the ranks and waits for their end; a disk or a kernel that takes no more is a failure like others."""
+    try:
+        _fork_ranks(watch, run_rank, config, node)
+        return watch.until_done(tell)
+    except OSError as error:
+        return outcome.failure_of(error, watch.first_rank, None)
 
 
 def _fork_ranks(watch: "_Watch", run_rank: RunRank, config: BaseConfig, node: Node) -> None:
@@ -270,6 +292,10 @@ class _Watch:
             code = os.waitstatus_to_exitcode(status)
             if code == 0 or outcome.is_measured(self.directory):
                 self.first_left = self.first_left or time.monotonic()
+            elif code == processes.CANNOT_WRITE:
+                kind = self._kind_of_log(rank)
+                kind = FailureKind.LOST if kind is FailureKind.CRASH else kind
+                return self._failure(kind, f"rank {rank} could not write how it ended; its log may tell", rank)
             elif code > 0:
                 return self._failure(self._kind_of_log(rank), f"rank {rank} ended with exit code {code}", rank)
             else:
@@ -313,7 +339,7 @@ class _Watch:
         return Failure(kind=kind, message=message, rank=rank, log_path=str(outcome.log_path(self.directory, rank)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _cancelled_by_signals(watch: _Watch) -> Iterator[None]:
     """Within, SIGTERM and SIGINT raise SystemExit with the shell's exit code for them, at once or when all is saved."""
 

@@ -43,8 +43,9 @@ def test_two_ranks_leave_a_measurement(config: str, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "s a step" in result.stdout
     found = measured(tmp_path / "out")
-    assert found.warmup_steps == 1
-    assert len(found.step_times_s) == 4
+    assert 1 <= found.warmup_steps <= 2
+    assert found.warmup_steps + len(found.step_times_s) == 5
+    assert found.step_time_low_s <= found.step_time_s <= found.step_time_high_s
     assert len(found.losses) == 5
     assert found.gpus == 2
     assert found.memory_kind == "max resident"

@@ -1,5 +1,6 @@
 """One run has one outcome, however many processes have something to say."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -56,6 +57,9 @@ def test_winner_that_dies_before_it_publishes_is_published_by_the_next(tmp_path:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), FailureKind.OOM),
         (InputError("model.x: 1 given, allowed is 2"), FailureKind.INVALID),
         (FloatingPointError("the loss of step 2 is nan"), FailureKind.INVALID),
+        (outcome.NotWrittenError("measurement.json: cannot be written: No space left on device"), FailureKind.LOST),
+        (OSError(errno.ENOSPC, "No space left on device"), FailureKind.LOST),
+        (OSError(errno.ENOENT, "No such file or directory"), FailureKind.CRASH),
         (ValueError("no"), FailureKind.CRASH),
         (RuntimeError("Connection closed by peer [127.0.0.1]:1"), FailureKind.CRASH),
     ],
@@ -68,3 +72,29 @@ def test_long_message_is_cut(tmp_path: Path) -> None:
     found = outcome.failure_of(RuntimeError("x" * 10_000), 1, tmp_path / "log")
     assert len(found.message) == 500
     assert found.log_path == str(tmp_path / "log")
+
+
+def test_secret_at_the_cut_leaves_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    for before in range(460, 500):
+        found = outcome.failure_of(RuntimeError("x" * before + " hf_0123456789"), 1, None)
+        assert "hf_0" not in found.message
+
+
+def test_recorded_failure_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    said = Failure(kind=FailureKind.CRASH, message="401 for hf_0123456789", rank=0)
+    assert outcome.record_failure(tmp_path, said).message == "401 for <masked: HF_TOKEN>"
+    assert "hf_0" not in (tmp_path / "failure-rank0.json").read_text()
+
+
+def test_garbage_in_the_place_of_the_first_failure_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / ".first-failure").write_bytes(b"\xff{")
+    with pytest.raises(InputError, match="cannot be read"):
+        outcome.record_failure(tmp_path, failure(0))
+
+
+def test_directory_that_takes_nothing_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        outcome.record_failure(tmp_path / "file" / "run", failure(0))
