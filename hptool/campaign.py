@@ -1,17 +1,23 @@
-"""The runs of a search while they are under way: propose, launch, collect, until nothing is left to do."""
+"""The runs of a search while they are under way: order, launch, collect, until nothing is left to do."""
 
 import signal
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from hptool import files, launch, strategy
-from hptool.candidates import Layout
+from hptool import cost, files, launch
+from hptool.cost import Dispatch
+from hptool.course import Course, Order, Timing, Wait, next_order
+from hptool.errors import BusyError
 from hptool.measurement import Failure, FailureKind, Measurement, Outcome
-from hptool.plan import Plan, run_config
-from hptool.results import OutcomeRecord, ResultsDirectory, Submission
-
-#: Takes a line for the user.
-Say = Callable[[str], None]
+from hptool.plan import Plan
+from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
+from hptool.secrets import redact
+from hptool.strategy import Ending, Stop
+from hptool.timed_runs import timed_run
+from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
+from hptool.watch import MEASURING, Screen, Snapshot, duration, snapshot
 
 #: How long a job's files may take to appear after the scheduler says that it ended (shared file systems lag).
 _SETTLE_S = 5.0
@@ -19,103 +25,262 @@ _SETTLE_S = 5.0
 #: How often a wait says what it waits for.
 _TELL_S = 30.0
 
+#: How often those who watch from elsewhere are told, where nothing happens.
+_STATUS_S = 5.0
 
-def planned_run(plan: Plan, results: ResultsDirectory, layout: Layout) -> launch.Run:
-    """What the launcher needs to know of the timed run of a layout."""
-    config = run_config(plan.config, layout, plan.request)
+#: Waits after a scheduler has refused a job for now: twice as long each time, within these.
+_BACK_OFF_S = (5.0, 300.0)
+
+#: A run that was not steady when it ended is known to this, whatever its interval says.
+_UNSTEADY = 0.05
+
+
+def planned_run(plan: Plan, results: ResultsDirectory, run: str, nodes: int, token: str = "") -> launch.Run:
+    """What the launcher needs to know of a run."""
     return launch.Run(
-        name=layout.name,
-        directory=results.run_directory(layout.name),
-        nodes=config.trainer.num_nodes,
+        name=run,
+        directory=results.run_directory(run),
+        nodes=nodes,
         max_minutes=plan.request.max_minutes_per_run,
+        token=token,
     )
 
 
-class Campaign:
-    """The runs under way: what was submitted, since when it runs, and how an end is turned into an outcome."""
+@dataclass(slots=True, kw_only=True)
+class _Flight:
+    """A run under way: since when it runs and since when it has ended, as far as this process has seen."""
 
-    def __init__(self, plan: Plan, results: ResultsDirectory, say: Say) -> None:
+    submission: Submission
+    row: int
+    why: str = ""
+    state: str = "submitting"
+    is_adopted: bool = False  # from an earlier process
+    running_since: float | None = None
+    ended_since: float | None = None
+
+
+def timings_of(course: Course, records: Iterable[OutcomeRecord], lost_before: Collection[str] = ()) -> list[Timing]:
+    """Records as the course sees them; runs that were `lost_before` now are no failures of their layouts."""
+    rows = {layout.name: row for row, layout in enumerate(course.landscape.target.layouts.rows())}
+    return [
+        _timing(course, rows[record.name], record, again=record.may_run_again or record.run in lost_before)
+        for record in records
+        if record.name in rows
+    ]
+
+
+def _timing(course: Course, row: int, record: OutcomeRecord, *, again: bool) -> Timing:
+    measured = record.measurement
+    if measured is None:
+        assert record.failure  # noqa: S101 (a record has one of both)
+        return Timing(
+            row=row,
+            nodes=record.nodes,
+            steps=record.steps,
+            ending=Ending.OOM if record.failure.kind is FailureKind.OOM else Ending.FAILED,
+            may_run_again=again,
+        )
+    memory_gib = measured.peak_memory_gib
+    if measured.memory_kind == "max allocated":  # what lies outside the allocator's tensors comes on top
+        memory = course.landscape.run.memory
+        memory_gib += float(memory.slack_gib[row] + memory.reserved_gib[row])
+    return Timing(
+        row=row,
+        nodes=record.nodes,
+        steps=record.steps,
+        ending=Ending.MEASURED,
+        step_time_s=measured.step_time_s,
+        low_s=measured.step_time_low_s,
+        high_s=measured.step_time_high_s,
+        error=max(measured.relative_error, 0.0 if measured.is_steady else _UNSTEADY),
+        memory_gib=memory_gib,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Work:
+    """How a campaign acts: the way its runs are submitted, who takes them, and who is told."""
+
+    dispatch: Dispatch
+    launcher: launch.Launcher
+    screen: Screen
+
+
+class Campaign:
+    """The runs under way: what was submitted, and how an end is turned into an outcome."""
+
+    def __init__(self, plan: Plan, course: Course, results: ResultsDirectory, work: Work) -> None:
         self.plan = plan
+        self.course = course
+        self.dispatch, self.launcher, self.screen = work.dispatch, work.launcher, work.screen
         self.results = results
-        self.say = say
-        self.launcher = launch.launcher(plan.cluster, results.path / "jobs")
         self.outcomes = results.outcomes()
-        self.under_way: dict[str, str] = {}  # layout name -> job id
-        self._adopted: set[str] = set()  # of an earlier process
-        self._running_since: dict[str, float] = {}
-        self._ended_since: dict[str, float] = {}
-        self._states: dict[str, str] = {}
-        self._told_at = time.monotonic()
+        self.under_way: dict[str, _Flight] = {}  # by run
+        self._submissions = results.submissions()
+        self._rows = {layout.name: row for row, layout in enumerate(course.landscape.target.layouts.rows())}
+        # What was lost before this process is tried again: whoever resumes knows that the trouble is over.
+        self._lost_before = {
+            run for run, x in self.outcomes.items() if x.failure and x.failure.kind is FailureKind.LOST
+        }
+        self._started = time.monotonic()
+        self._told_at = self._status_at = self._started
+        self._retry_at, self._back_off_s = self._started, 0.0
+        self._doing = MEASURING
+
+    # ------------------------------------------------------------ what is known
+
+    def timings(self) -> list[Timing]:
+        """Every run that ended or is under way, as the course sees it."""
+        ended = timings_of(self.course, self.outcomes.values(), lost_before=self._lost_before)
+        flying = (
+            Timing(row=f.row, nodes=f.submission.nodes, steps=f.submission.steps, ending=Ending.UNDER_WAY)
+            for f in self.under_way.values()
+        )
+        return [*ended, *flying]
+
+    def _expected_s(self, row: int, steps: int, nodes: int) -> float:
+        overhead_s = self.dispatch.overhead_s
+        most_s = overhead_s + self.plan.request.max_minutes_per_run * SECONDS_PER_MINUTE
+        return min(cost.run_s(self.course, row, steps, nodes, overhead_s), most_s)
+
+    def snapshot(self) -> Snapshot:
+        """How things stand, for those who watch."""
+        return snapshot(self.results, self._submissions, self.outcomes, self._status(), at_work=True)
+
+    def _status(self) -> Status:
+        states = {run: flight.state for run, flight in self.under_way.items()}
+        return Status(doing=self._doing, elapsed_s=time.monotonic() - self._started, states=states)
+
+    # ------------------------------------------------------------ starting
 
     def take_over(self) -> None:
         """Collect what an earlier process submitted: outcomes that it did not record, jobs that still live."""
-        open_jobs = {n: s.job_id for n, s in self.results.submissions().items() if n not in self.outcomes}
-        states = self.launcher.status(list(open_jobs.values())) if open_jobs else {}
-        for name, job_id in open_jobs.items():
-            alive = states[job_id].state in (launch.JobState.PENDING, launch.JobState.RUNNING)
-            outcome = self.results.read_outcome(name)
-            if outcome is not None and not alive:
-                self._settle(name, job_id, outcome)
-            elif alive:
-                self.say(f"job {job_id} of an earlier process still runs {name}; waiting for it")
-                self.under_way[name] = job_id
-                self._adopted.add(name)
+        open_runs = {
+            run: s for run, s in self._submissions.items() if run not in self.outcomes and s.name in self._rows
+        }
+        # It may have died between the scheduler's answer and its note of it.
+        unnoted = [s.token for s in open_runs.values() if s.job_id is None]
+        found = self.launcher.find(unnoted) if unnoted else {}
+        for submission in open_runs.values():
+            if submission.job_id is None and submission.token in found:
+                self._note(replace(submission, job_id=found[submission.token]))
+        job_ids = {run: job_id for run in open_runs if (job_id := self._submissions[run].job_id) is not None}
+        states = self.launcher.status(list(job_ids.values())) if job_ids else {}
+        for run in open_runs:
+            job_id = job_ids.get(run)
+            alive = job_id is not None and states[job_id].state in (launch.JobState.PENDING, launch.JobState.RUNNING)
+            flight = _Flight(submission=self._submissions[run], row=self._rows[open_runs[run].name], is_adopted=True)
+            outcome = self.results.read_outcome(run)
+            if alive:
+                self.screen.say(f"job {job_id} of an earlier process still runs {run}; waiting for it")
+                self.under_way[run] = flight
+            elif outcome is not None:
+                self._settle(flight, outcome)
 
-    def submit(self, layouts: Sequence[Layout]) -> None:
-        """Start runs of these layouts."""
+    def _note(self, submission: Submission) -> None:
+        self._submissions[submission.run] = submission
+        self.results.record_submission(submission)
+
+    def submit(self, orders: Sequence[Order]) -> None:
+        """Start these runs; those that the scheduler does not take now are left for later."""
         runs = []
-        for layout in layouts:
-            config = run_config(self.plan.config, layout, self.plan.request)
-            self.results.prepare_run(layout.name, files.yaml_text(config.document()))
-            runs.append(planned_run(self.plan, self.results, layout))
-        self.launcher.submit(runs, self._started)
+        for order in orders:
+            layout = self.course.landscape.target.layouts.row(order.row)
+            config = timed_run(
+                self.plan.config,
+                layout,
+                nodes=order.nodes,
+                steps=order.steps,
+                max_minutes=self.plan.request.max_minutes_per_run,
+            )
+            submission = Submission(
+                name=layout.name,
+                run=self.results.prepare_run(layout.name, files.yaml_text(config.document())),
+                token=uuid.uuid4().hex[:12],
+                nodes=order.nodes,
+                gpus=config.gpus,
+                steps=order.steps,
+                predicted_step_time_s=cost.step_time_s(self.course, order.row, order.nodes),
+            )
+            self._note(submission)  # before the job is there: a job that nobody knows of would be run twice
+            self.under_way[submission.run] = _Flight(submission=submission, row=order.row, why=order.why)
+            runs.append(planned_run(self.plan, self.results, submission.run, order.nodes, submission.token))
+        try:
+            self.launcher.submit(runs, self._was_started)
+        except BusyError as error:
+            low_s, high_s = _BACK_OFF_S
+            self._back_off_s = min(high_s, max(low_s, 2 * self._back_off_s))
+            self._retry_at = time.monotonic() + self._back_off_s
+            self.screen.say(f"{error}; trying again in {duration(self._back_off_s)}")
+        else:
+            self._back_off_s = 0.0
+        finally:
+            for run in runs:
+                if self.under_way[run.name].submission.job_id is None:
+                    del self.under_way[run.name]
 
-    def _started(self, run: launch.Run, job_id: str) -> None:
-        self.under_way[run.name] = job_id
-        self.results.record_submission(Submission(name=run.name, job_id=job_id))
-        self.say(f"job {job_id}: {run.name} on {run.nodes} node{'s' if run.nodes > 1 else ''}")
+    def _was_started(self, run: launch.Run, job_id: str) -> None:
+        flight = self.under_way[run.name]
+        flight.submission = replace(flight.submission, job_id=job_id)
+        self._note(flight.submission)
+        nodes = f"{run.nodes} node{'s' if run.nodes > 1 else ''}"
+        self.screen.say(f"job {job_id}: {run.name}: {flight.submission.steps} steps on {nodes}, {flight.why}")
+
+    # ------------------------------------------------------------ looking
 
     def collect(self) -> None:
         """Look at every job under way once, and record those that ended."""
-        states = self.launcher.status(list(self.under_way.values()))
+        job_ids = {run: f.submission.job_id for run, f in self.under_way.items() if f.submission.job_id is not None}
+        states = self.launcher.status(list(job_ids.values())) if job_ids else {}
+        for run, job_id in job_ids.items():
+            self._look(self.under_way[run], job_id, states[job_id], time.monotonic())
         now = time.monotonic()
-        for name, job_id in list(self.under_way.items()):
-            status = states[job_id]
-            outcome = self.results.read_outcome(name)
-            if status.state in (launch.JobState.ENDED, launch.JobState.LOST):
-                # The measurement may still be on its way through a shared file system.
-                since = self._ended_since.setdefault(name, now)
-                if outcome is None and now - since < _SETTLE_S:
-                    continue
-                if outcome is None and name in self._adopted and status.state is launch.JobState.LOST:
-                    # Cancelled with its search, and forgotten since: no failure of the layout.
-                    self.say(f"{name}: job {job_id} of an earlier process is gone; it will be run again")
-                    self._adopted.remove(name)
-                    self._forget(name)
-                    continue
-                self._settle(name, job_id, outcome or self._without_files(job_id, status))
-            elif status.state is launch.JobState.RUNNING:
-                since = self._running_since.setdefault(name, now)
-                limit_s = self.plan.request.max_minutes_per_run * 60 + launch.OVERDUE_S
-                if now - since > limit_s:
-                    self.launcher.cancel([job_id])
-                    message = f"still running {limit_s:.0f} s after its start; cancelled"
-                    self._settle(name, job_id, outcome or Failure(kind=FailureKind.TIMEOUT, message=message))
-            self._tell(name, status)
         if self.under_way and now - self._told_at > _TELL_S:
             self._told_at = now
-            self.say(f"waiting for {', '.join(self._progress(name) for name in self.under_way)}")
+            self.screen.say(f"waiting for {', '.join(map(self._progress, self.under_way.values()))}")
 
-    def _progress(self, name: str) -> str:
-        """A layout under way and how far it is, as far as its job has said so."""
-        told = self.results.read_progress(name)
-        return f"{name} (step {told.step} of {told.of})" if told else f"{name} ({self._states.get(name, 'ending')})"
-
-    def _tell(self, name: str, status: launch.JobStatus) -> None:
+    def _look(self, flight: _Flight, job_id: str, status: launch.JobStatus, now: float) -> None:
+        run = flight.submission.run
         state = f"{status.state.value}{f', {status.detail}' if status.detail else ''}"
-        if name in self.under_way and self._states.get(name) != state:
-            self._states[name] = state
-            self.say(f"{name}: {state}")
+        if flight.state != state:
+            flight.state = state
+            self._status_at = 0.0
+            if status.state in (launch.JobState.PENDING, launch.JobState.RUNNING):  # an end is told with its outcome
+                self.screen.say(f"{run}: {state}")
+        if status.state is launch.JobState.PENDING:
+            flight.running_since = None  # queued again by the scheduler
+        elif status.state is launch.JobState.RUNNING:
+            flight.running_since = flight.running_since or now
+            limit_s = self.plan.request.max_minutes_per_run * SECONDS_PER_MINUTE + launch.OVERDUE_S
+            if now - flight.running_since > limit_s:
+                self.launcher.cancel([job_id])
+                message = f"still running {limit_s:.0f} s after its start; cancelled"
+                outcome = self.results.read_outcome(run)
+                self._settle(flight, outcome or Failure(kind=FailureKind.TIMEOUT, message=message))
+        else:
+            # The measurement may still be on its way through a shared file system.
+            flight.ended_since = flight.ended_since or now
+            outcome = self.results.read_outcome(run)
+            if outcome is not None or now - flight.ended_since >= _SETTLE_S:
+                self._end(flight, job_id, status, outcome)
+
+    def _end(self, flight: _Flight, job_id: str, status: launch.JobStatus, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            self._settle(
+                flight, outcome, may_run_again=isinstance(outcome, Failure) and outcome.kind is FailureKind.LOST
+            )
+        elif flight.is_adopted and status.state is launch.JobState.LOST:
+            # Cancelled with its search, and forgotten since: no failure of the layout.
+            del self.under_way[flight.submission.run]
+            self.screen.say(f"{flight.submission.run}: {status.detail}; its layout will be run again")
+        else:
+            self._settle(flight, self._without_files(job_id, status), may_run_again=status.may_run_again)
+
+    def _progress(self, flight: _Flight) -> str:
+        """A run under way and how far it is, as far as its job has said so."""
+        run = flight.submission.run
+        told = self.results.read_progress(run)
+        return f"{run} (step {told.step} of {told.of})" if told else f"{run} ({flight.state})"
 
     def _without_files(self, job_id: str, status: launch.JobStatus) -> Failure:
         log = self.launcher.log_path(job_id)
@@ -124,64 +289,141 @@ class Campaign:
         if "oom-kill" in text or "memory limit" in text or "Out Of Memory" in text:
             kind = FailureKind.OOM
         own = [line for line in text.strip().splitlines() if not line.startswith("submitit ")]
-        last = (own or [""])[-1]
+        last = redact((own or [""])[-1])
         return Failure(kind=kind, message=f"{status.detail}{f'; last line: {last}' if last else ''}", log_path=str(log))
 
-    def _forget(self, name: str) -> None:
-        self.under_way.pop(name, None)
-        for known in (self._running_since, self._ended_since, self._states):
-            known.pop(name, None)
-
-    def _settle(self, name: str, job_id: str, outcome: Outcome) -> None:
-        self._forget(name)
+    def _settle(self, flight: _Flight, outcome: Outcome, *, may_run_again: bool = False) -> None:
+        submission = flight.submission
+        self.under_way.pop(submission.run, None)
+        measured = outcome if isinstance(outcome, Measurement) else None
+        failure = outcome if isinstance(outcome, Failure) else None
         record = OutcomeRecord(
-            name=name,
-            job_id=job_id,
-            measurement=outcome if isinstance(outcome, Measurement) else None,
-            failure=outcome if isinstance(outcome, Failure) else None,
+            name=submission.name,
+            run=submission.run,
+            job_id=submission.job_id,
+            nodes=submission.nodes,
+            gpus=submission.gpus,
+            steps=submission.steps,
+            ran_s=_ran_s(flight, measured),
+            measurement=measured,
+            failure=failure,
+            may_run_again=may_run_again,
         )
         self.results.record_outcome(record)
-        self.outcomes[name] = record
-        done = f"{len(self.outcomes)}/{self.plan.planned_runs}"
-        if isinstance(outcome, Measurement):
-            rate = f"{outcome.model_tflops_per_gpu:.4g} TFLOPS/GPU, {outcome.step_time_s:.4g} s a step"
-            self.say(f"[{done}] {name}: {rate}")
-        else:
-            self.say(f"[{done}] {name}: {outcome.kind.value}: {outcome.message}")
+        self.outcomes[submission.run] = record
+        self._status_at = 0.0
+        if measured:
+            spread = (measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s
+            self.screen.say(
+                f"[{len(self.outcomes)}] {submission.run}: {measured.model_tflops_per_gpu:.4g} TFLOPS/GPU, "
+                f"{measured.step_time_s:.4g} s a step ±{spread:.1%}, {submission.predicted_step_time_s:.4g} s predicted"
+            )
+        elif failure:
+            again = "; none of the layout's doing, to be run again" if may_run_again else ""
+            self.screen.say(f"[{len(self.outcomes)}] {submission.run}: {failure.kind.value}: {failure.message}{again}")
+
+    # ------------------------------------------------------------ deciding
+
+    def next_orders(self) -> tuple[list[Order], str | None]:
+        """What to start now, as many as may run at once; or why nothing is left to start, when all has ended."""
+        timings = self.timings()
+        orders: list[Order] = []
+        slots = self.launcher.slots if self.dispatch.parallel is None else self.dispatch.parallel
+        while slots is None or len(self.under_way) + len(orders) < slots:
+            step = next_order(self.course, timings)
+            if isinstance(step, Wait):
+                return orders, None
+            if isinstance(step, Stop):
+                return orders, step.why
+            if (why := self._too_much(step, orders)) is not None:
+                return orders, why
+            orders.append(step)
+            timings.append(Timing(row=step.row, nodes=step.nodes, steps=step.steps, ending=Ending.UNDER_WAY))
+        return orders, None
+
+    def _too_much(self, order: Order, orders: Sequence[Order]) -> str | None:
+        """Why a run is more than the search may cost; None where it is not."""
+        request, per_node = self.plan.request, self.plan.cluster.gpus_per_node
+        run_s = self._expected_s(order.row, order.steps, order.nodes)
+        if request.max_hours is not None and time.monotonic() + run_s > self._deadline(request.max_hours):
+            return f"--max-hours {request.max_hours:g} leaves no time for another run"
+        if request.budget_gpu_hours is None:
+            return None
+        flying = [(f.row, f.submission.steps, f.submission.nodes) for f in self.under_way.values()]
+        flying += [(x.row, x.steps, x.nodes) for x in (*orders, order)]
+        gpu_s = sum(self._expected_s(*run) * run[2] * per_node for run in flying)
+        spent = sum(record.gpu_hours for record in self.outcomes.values()) + gpu_s / SECONDS_PER_HOUR
+        if spent > request.budget_gpu_hours:
+            return f"another run would exceed --budget-gpu-hours {request.budget_gpu_hours:g}"
+        return None
+
+    def _deadline(self, max_hours: float) -> float:
+        return self._started + max_hours * SECONDS_PER_HOUR
+
+    def run(self) -> str:
+        """Start and collect until nothing is left to do; why the search ended."""
+        max_hours = self.plan.request.max_hours
+        while True:
+            self.collect()
+            why: str | None = None
+            if time.monotonic() >= self._retry_at:
+                orders, why = self.next_orders()
+                if orders:
+                    self.submit(orders)
+            if why is not None and not self.under_way:
+                self.launcher.close()
+                self.finish(f"done: {why}")
+                return why
+            if max_hours is not None and time.monotonic() > self._deadline(max_hours):
+                self.cancel()
+                why = f"--max-hours {max_hours:g} are over; --resume goes on"
+                self.finish(why)
+                return why
+            self._tell()
+            time.sleep(self.launcher.poll_s)
+
+    def _tell(self) -> None:
+        self.screen.show(self.snapshot)
+        if time.monotonic() - self._status_at > _STATUS_S:
+            self._status_at = time.monotonic()
+            self.results.write_status(self._status())
+
+    def finish(self, doing: str) -> None:
+        """What those who watch are told at the end."""
+        self._doing = doing
+        self.results.write_status(self._status())
 
     def cancel(self) -> None:
         """End every job under way; what already ended is recorded first, the rest is left for --resume."""
-        if not self.under_way:
-            return
-        self.say(f"cancelling {len(self.under_way)} jobs: {', '.join(self.under_way.values())}")
+        job_ids = [f.submission.job_id for f in self.under_way.values() if f.submission.job_id is not None]
         with launch.blocked(signal.SIGINT):  # an impatient second Ctrl-C must not leave half of them
-            self.launcher.cancel(list(self.under_way.values()))
-        for name, job_id in list(self.under_way.items()):
-            outcome = self.results.read_outcome(name)
-            if isinstance(outcome, Measurement):
-                self._settle(name, job_id, outcome)
+            if job_ids:
+                self.screen.say(f"cancelling {len(job_ids)} jobs: {', '.join(job_ids)}")
+                self.launcher.cancel(job_ids)
+            self.launcher.close()
+            for run, flight in list(self.under_way.items()):
+                outcome = self.results.read_outcome(run)
+                if isinstance(outcome, Measurement):
+                    self._settle(flight, outcome)
 
 
-def measure(plan: Plan, results: ResultsDirectory, say: Say) -> None:
-    """Propose, launch and collect until the plan's runs are done; whatever interrupts leaves no job behind."""
-    campaign = Campaign(plan, results, say)
-    limit = plan.request.limit_search_runs
-    known = len(campaign.outcomes)
-    if known:
-        say(f"{known} of {plan.planned_runs} layouts were run before, and are not run again")
+def _ran_s(flight: _Flight, measured: Measurement | None) -> float:
+    """How long the run held its GPUs: as far as it was seen, or else as its own clock says."""
+    own_s = measured.startup_s + flight.submission.steps * measured.step_time_s if measured else 0.0
+    seen_s = time.monotonic() - flight.running_since if flight.running_since is not None else 0.0
+    return max(own_s, seen_s)
+
+
+def measure(plan: Plan, course: Course, dispatch: Dispatch, results: ResultsDirectory, screen: Screen) -> str:
+    """Order, launch and collect until the course is run, and say why it ended; an interruption leaves no job behind."""
+    launcher = launch.launcher(plan.cluster, results.path / "jobs", dispatch.submit)
+    campaign = Campaign(plan, course, results, Work(dispatch=dispatch, launcher=launcher, screen=screen))
+    if campaign.outcomes:
+        screen.say(f"{len(campaign.outcomes)} runs ended before, and are not repeated")
     try:
         campaign.take_over()
-        while True:
-            tried = {*campaign.outcomes, *campaign.under_way}
-            slots = campaign.launcher.slots
-            rows = strategy.propose(plan.predictions, tried, limit)
-            free = len(rows) if slots is None else max(0, slots - len(campaign.under_way))
-            if rows[:free]:
-                campaign.submit([plan.predictions.layouts.row(row) for row in rows[:free]])
-            if not campaign.under_way:
-                return
-            time.sleep(campaign.launcher.poll_s)
-            campaign.collect()
+        return campaign.run()
     except BaseException:
         campaign.cancel()
+        campaign.finish("interrupted; --resume goes on")
         raise

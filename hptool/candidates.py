@@ -63,6 +63,12 @@ class Layout:
         recompute = self.recompute_label.replace("-", "")
         return f"tp{self.tp}-pp{self.pp}-vpp{self.vpp}-cp{self.cp}{experts}-mbs{self.mbs}-{recompute}"
 
+    @property
+    def short_name(self) -> str:
+        """The name without what is not used, for narrow tables; `parse` reads it."""
+        parts = self.name.split("-")
+        return "-".join(x for x in parts if x not in ("vpp1", "cp1", "none"))
+
     @classmethod
     def parse(cls, text: str) -> "Layout":
         """The layout that `name` (or a part of it, such as `tp8-pp8`) stands for; ValueError where it names none."""

@@ -78,11 +78,34 @@ Examples:
 @click.option("--model", required=True, help="A preset such as gpt3/126m, or the path of a NeMo-Megatron YAML config.")
 @click.option("--cluster", required=True, help="A profile such as local or dgx-a100, or the path of one.")
 @click.option("--nodes", type=int, help="Nodes of the full training.  [default: all of the profile]")
+@click.option(
+    "--strategy",
+    default="adaptive",
+    show_default=True,
+    help="adaptive learns from each run and stops when none is expected to gain 1 %; ranked, grid, random, optuna.",
+)
 @click.option("--limit-search-runs", type=int, default=10, show_default=True, help="Layouts to measure at most.")
+@click.option("--budget-gpu-hours", type=float, help="Start no run that would cost more than this in all.")
+@click.option("--max-hours", type=float, help="End the search after this time.")
 @click.option(
     "--max-minutes-per-run", type=float, default=20.0, show_default=True, help="A longer run is killed as a timeout."
 )
-@click.option("--max-steps-per-run", type=int, default=50, show_default=True, help="Steps of a run, warm-up included.")
+@click.option(
+    "--max-steps-per-run",
+    type=int,
+    default=50,
+    show_default=True,
+    help="Steps of the longest timing, warm-up included; first timings take 8, closer ones 20.",
+)
+@click.option("--verify-nodes", type=int, metavar="N", help="Run the best layouts on N nodes at the end.")
+@click.option("--verify-top", type=int, default=2, show_default=True, help="How many of them.")
+@click.option(
+    "--submit",
+    type=click.Choice(["separate", "array", "packed", "hyperqueue"]),
+    help="Jobs of their own, arrays, or one allocation for one run after the other.  [default: the cheaper way]",
+)
+@click.option("--parallel", type=int, help="Runs at once.  [default: 3 on Slurm where a strategy learns, 1 locally]")
+@click.option("-y", "--yes", is_flag=True, help="Launch without asking whether the cost is right.")
 @click.option("--output-top-n", type=int, default=10, show_default=True, help="Layouts in the terminal table.")
 @click.option("--tp", type=_Integers(), default="auto", show_default=True, help="Tensor parallel sizes.")
 @click.option("--pp", type=_Integers(), default="auto", show_default=True, help="Pipeline parallel sizes.")
@@ -106,11 +129,17 @@ Examples:
 @click.option("--resume", is_flag=True, help="Go on with the search in that directory; start it where there is none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def search_train_command(as_json: bool, output_top_n: int, overrides: tuple[str, ...], **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+def search_train_command(
+    as_json: bool,  # noqa: FBT001 (click passes by name)
+    yes: bool,  # noqa: FBT001 (as above)
+    output_top_n: int,
+    overrides: tuple[str, ...],
+    **options: Any,
+) -> None:
     """Search for the fastest layout to train a model with.
 
-    Enumerates the layouts, predicts memory and step time of each, times the best as jobs, and reports the winner.
-    KEY=VALUE overrides any key of the config.
+    Enumerates the layouts, predicts memory and step time of each, says what the search will cost, times the best as
+    jobs, learns from each, and reports the winner. KEY=VALUE overrides any key of the config.
     """
     space = SearchSpace(**{axis: options.pop(axis) for axis in _AXES})
     _terminate_like_ctrl_c()
@@ -120,11 +149,14 @@ def search_train_command(as_json: bool, output_top_n: int, overrides: tuple[str,
         # Here and not above, because pandas and submitit take a second that --help should not cost.
         from rich.console import Console  # noqa: PLC0415
 
-        from hptool import report, search  # noqa: PLC0415
+        from hptool import report, search, watch  # noqa: PLC0415
         from hptool.plan import SearchRequest  # noqa: PLC0415
 
         request = SearchRequest(space=space, overrides=overrides, **options)
-        made, directory = search.search_train(request, _say)
+        # Who cannot be asked has decided already.
+        asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+        with watch.screen(Console(stderr=True, highlight=False), _say) as screen:
+            made, directory = search.search_train(request, screen, lambda: not asks or screen.confirm("Launch?"))
         if as_json:
             click.echo(json.dumps(report.as_json(made, directory), indent=2))
         else:
@@ -148,6 +180,53 @@ Examples:
   hptool predict runs.csv --output predicted.csv
   hptool predict runs.csv --output predicted.csv --calibrate measured.csv
 """
+
+
+@main.command("status")
+@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def status_command(results: Path, as_json: bool) -> None:  # noqa: FBT001 (click passes by name)
+    """Show how a search stands, from any shell.
+
+    RESULTS is the search's directory.
+    """
+    try:
+        from rich.console import Console  # noqa: PLC0415 (because --help should not wait for it)
+
+        from hptool import watch  # noqa: PLC0415
+        from hptool.results import ResultsDirectory  # noqa: PLC0415
+
+        now = watch.of_directory(ResultsDirectory(results))
+        if as_json:
+            click.echo(json.dumps(watch.as_json(now), indent=2))
+        else:
+            Console(highlight=False).print(watch.table(now))
+    except HptoolError as error:
+        _fail(error)
+
+
+@main.command("report")
+@click.argument("results", type=click.Path(path_type=Path), metavar="RESULTS")
+@click.option("--output-top-n", type=click.IntRange(min=1), default=10, show_default=True, help="Layouts in the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def report_command(results: Path, output_top_n: int, as_json: bool) -> None:  # noqa: FBT001 (click passes by name)
+    """Make the report of a search anew, from its records.
+
+    RESULTS is the search's directory; whether the search is at work, was interrupted or is done does not matter.
+    """
+    try:
+        from rich.console import Console  # noqa: PLC0415 (because --help should not wait for them)
+
+        from hptool import report, search  # noqa: PLC0415
+
+        made = search.read_report(results.absolute())
+        if as_json:
+            click.echo(json.dumps(report.as_json(made, results.absolute()), indent=2))
+        else:
+            report.print_table(made, Console(highlight=False), output_top_n)
+            click.echo(f"report: {results / 'report.html'}")
+    except HptoolError as error:
+        _fail(error)
 
 
 @main.command("predict", epilog=_PREDICT_EXAMPLES)

@@ -1,22 +1,26 @@
 """What a request comes to: everything read, checked, enumerated and predicted. Writes nothing."""
 
 import dataclasses
+import json
 import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from hptool import __version__, catalogue, files
+import numpy as np
+
+from hptool import __version__, catalogue, files, strategy, timed_runs
 from hptool.base_config import BaseConfig
 from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enumerate_layouts
+from hptool.course import Course, stages
 from hptool.errors import InputError, NoFeasibleLayout
 from hptool.facts import Cluster, Framework
 from hptool.predict import Predictions, predict, stack
-from hptool.presets import Site, lightning_time
+from hptool.presets import Site
+from hptool.strategy import STRATEGIES
 from hptool.worker.refusals import refuse_impossible
 
 #: What a search measures, and so predicts: `cluster/frameworks/hptool-worker.yaml`.
@@ -30,9 +34,16 @@ class SearchRequest:
     model: str
     cluster: str
     nodes: int | None = None
+    strategy: str = "adaptive"
     limit_search_runs: int = 10
+    budget_gpu_hours: float | None = None
+    max_hours: float | None = None
     max_minutes_per_run: float = 20.0
     max_steps_per_run: int = 50
+    verify_nodes: int | None = None
+    verify_top: int = 2
+    submit: str | None = None
+    parallel: int | None = None
     space: SearchSpace = field(default_factory=SearchSpace)
     results: Path | None = None
     dry_run: bool = False
@@ -55,8 +66,25 @@ class Plan:
 
     @property
     def planned_runs(self) -> int:
-        """How many layouts will be measured, if nothing else ends the search."""
+        """How many layouts will be measured at most."""
         return min(self.request.limit_search_runs, len(self.candidates.layouts))
+
+    @property
+    def course(self) -> Course:
+        """What is known before the first run, and how far the search goes."""
+        request = self.request
+        landscape, nodes = timed_runs.landscape(self.config, self.predictions, self.cluster, self.framework)
+        fewest = timed_runs.fewest_nodes(self.predictions.layouts, self.cluster.gpus_per_node)
+        return Course(
+            landscape=landscape,
+            nodes=nodes,
+            strategy=strategy.make(request.strategy, landscape),
+            layouts=request.limit_search_runs,
+            stages=stages(request.max_steps_per_run),
+            verify_nodes=request.verify_nodes,
+            verify_top=request.verify_top,
+            scalable=np.asarray((request.verify_nodes or 0) % fewest == 0),
+        )
 
     def document(self) -> Mapping[str, Any]:
         """What plan.json holds; a search may be resumed by a request with the same `search`."""
@@ -64,16 +92,21 @@ class Plan:
         cluster = dataclasses.asdict(self.cluster)
         for site in ("slurm", "environment", "source"):  # how jobs get there does not change what they measure
             del cluster[site]
+        asked = dataclasses.asdict(request)
+        for fixed in ("model", "space", "results", "dry_run", "resume", "overrides"):
+            del asked[fixed]
         return {
             "search": {
                 "model": request.model,
                 "config": self.config.with_layout(Layout()).document(),
                 "cluster": cluster,
+                "framework": self.framework.name,
                 "space": dataclasses.asdict(request.space),
-                "max_steps_per_run": request.max_steps_per_run,
-                "max_minutes_per_run": request.max_minutes_per_run,
+                "max_steps_per_run": asked.pop("max_steps_per_run"),
+                "max_minutes_per_run": asked.pop("max_minutes_per_run"),
             },
-            "limit_search_runs": request.limit_search_runs,
+            "asked": asked,
+            "slurm": {name: getattr(self.cluster.slurm, name) for name in ("job_overhead_s", "array_parallelism")},
             "versions": {"hptool": __version__, "revision": _revision(), "python": platform.python_version()},
         }
 
@@ -101,32 +134,57 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
 
     A `cluster` that is given stands in the place of the profile that the request names.
     """
-    for name in ("limit_search_runs", "max_minutes_per_run"):
-        if getattr(request, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')}: {getattr(request, name)} given, allowed is more than 0")
-    if request.max_steps_per_run < 2:  # noqa: PLR2004 (one to warm up, one to time)
-        raise InputError(f"--max-steps-per-run: {request.max_steps_per_run} given, allowed is 2 or more")
-    if request.results is not None and not str(request.results).isprintable():
-        raise InputError(f"--results: {str(request.results)!r} given, allowed is a path of printable text")
+    _check_numbers(request)
     cluster = cluster or files.read_cluster(request.cluster)
     nodes = request.nodes if request.nodes is not None else cluster.nodes
     if not 1 <= nodes <= cluster.nodes:
         raise InputError(f"--nodes: {nodes} given, allowed is 1 to {cluster.nodes} ({request.cluster})")
+    if request.verify_nodes is not None and request.verify_nodes > nodes:
+        raise InputError(f"--verify-nodes: {request.verify_nodes} given, allowed is 1 to {nodes} (--nodes)")
+    if request.parallel is not None and request.parallel > 1 and cluster.scheduler == "local":
+        raise InputError(f"--parallel: {request.parallel} given, allowed is 1: runs on this machine share its devices")
     config = read_config(request, cluster, nodes)
     space = pinned(request.space, config, request.overrides)
-    limits = files.read(files.data_directory("base_configs") / "search_space.yaml", SearchLimits)
-    _check_values(space, config, limits)
     framework = files.read_framework(framework_name or WORKER_FRAMEWORK)
-    candidates = enumerate_layouts(space, config.workload, limits)
+    return _plan(replace(request, space=space), cluster, config, framework)
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan of the search in a directory, as it was made; InputError where there is none."""
+    path = directory / "plan.json"
+    if not path.is_file():
+        raise InputError(f"{directory}: holds no search (there is no plan.json)")
+    document = files.read_yaml(path)  # JSON is YAML
+    try:
+        search, asked = document["search"], document["asked"]
+        facts = {**search["cluster"], "source": "the plan of a search", "slurm": document["slurm"]}
+        cluster = files.parse(facts, Cluster, f"{path}: search.cluster")
+        config = files.parse(search["config"], BaseConfig, f"{path}: search.config")
+        space = files.parse_json(json.dumps(search["space"]), SearchSpace, f"{path}: search.space")
+        limits = {name: search[name] for name in ("max_steps_per_run", "max_minutes_per_run")}
+        text = json.dumps({"model": search["model"], **asked, **limits})
+        request: SearchRequest = files.parse_json(text, SearchRequest, f"{path}: asked")
+        framework = files.read_framework(search["framework"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: is not the plan of a search of this version ({error!r})") from error
+    return _plan(replace(request, space=space, results=directory), cluster, config, framework)
+
+
+def _plan(request: SearchRequest, cluster: Cluster, config: BaseConfig, framework: Framework) -> Plan:
+    """Enumerate and predict."""
+    limits = files.read(files.data_directory("base_configs") / "search_space.yaml", SearchLimits)
+    _check_values(request.space, config, limits)
+    candidates = enumerate_layouts(request.space, config.workload, limits)
     if not len(candidates.layouts):
         raise NoFeasibleLayout(_nothing_feasible(config, candidates))
     predictions = predict(candidates.layouts, stack([(config.workload, cluster, framework)]))
     best = predictions.layouts.row(int(predictions.ranking()[0]))
     # What no layout could mend is better refused here than by every run.
     refuse_impossible(config.with_layout(best), request.model)
+    nodes = config.trainer.num_nodes
     default = Path("results") / f"{config.run.name}-{cluster.name}-{nodes}n".replace("/", "-")
     return Plan(
-        request=replace(request, space=space),
+        request=request,
         cluster=cluster,
         nodes=nodes,
         config=config.with_layout(best),
@@ -135,6 +193,24 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
         predictions=predictions,
         directory=(request.results or default).absolute(),
     )
+
+
+def _check_numbers(request: SearchRequest) -> None:
+    problems = []
+    limits = ("limit_search_runs", "max_minutes_per_run", "budget_gpu_hours", "max_hours")
+    for name in (*limits, "verify_nodes", "verify_top", "parallel"):
+        value = getattr(request, name)
+        if value is not None and not 0 < value < math.inf:
+            problems.append(f"--{name.replace('_', '-')}: {value} given, allowed is more than 0")
+    if request.max_steps_per_run < 2:  # noqa: PLR2004 (one to warm up, one to time)
+        problems.append(f"--max-steps-per-run: {request.max_steps_per_run} given, allowed is 2 or more")
+    if request.strategy not in STRATEGIES:
+        hint = files.nearest(request.strategy, list(STRATEGIES))
+        problems.append(f"--strategy: {request.strategy!r} given; {hint}")
+    if request.results is not None and not str(request.results).isprintable():
+        problems.append(f"--results: {str(request.results)!r} given, allowed is a path of printable text")
+    if problems:
+        raise InputError(*problems)
 
 
 def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseConfig:
@@ -223,27 +299,4 @@ def _nothing_feasible(config: BaseConfig, candidates: Candidates) -> str:
             "what would help: an axis left at auto, another number of nodes, or another model.global_batch_size than "
             + str(config.model.global_batch_size),
         ]
-    )
-
-
-def run_config(config: BaseConfig, layout: Layout, request: SearchRequest) -> BaseConfig:
-    """The timed run of a layout: the fewest nodes that hold whole replicas, each with its real share of the batch.
-
-    A replica works through the same microbatches as on the full cluster, so its step is the real one up to the
-    data-parallel communication; the global batch shrinks with the replicas.
-    """
-    full = config.with_layout(layout)
-    # Experts are spread over the ranks of several replicas: there must be as many as hold all of them.
-    experts = layout.tp * layout.ep * layout.pp
-    nodes = math.lcm(layout.gpus_per_replica, experts, config.trainer.devices) // config.trainer.devices
-    replicas = nodes * config.trainer.devices // layout.gpus_per_replica
-    return replace(
-        full,
-        trainer=replace(
-            full.trainer,
-            num_nodes=nodes,
-            max_steps=request.max_steps_per_run,
-            max_time=lightning_time(timedelta(minutes=request.max_minutes_per_run)),
-        ),
-        model=replace(full.model, global_batch_size=layout.mbs * replicas * full.num_microbatches),
     )

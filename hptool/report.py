@@ -22,8 +22,27 @@ from hptool.predict.flops import MODEL_FLOPS_CONVENTION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Full:
+    """What a measured layout comes to on all nodes: its timing and, on top, what fewer nodes leave out.
+
+    `predicted_step_time_s` is what was expected before the search; `error` a relative standard deviation. `at_scale`
+    is the run on `at_scale_nodes` nodes, where there was one.
+    """
+
+    step_time_s: float
+    error: float
+    model_tflops_per_gpu: float
+    predicted_step_time_s: float
+    at_scale_nodes: int | None = None
+    at_scale: Measurement | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One layout that ran: what was expected of this run and what came of it."""
+    """One layout that ran: what was expected of its longest run, what came of it, and what it means on all nodes.
+
+    `runs` and `gpu_hours` count all its runs. It is equal to the best where the timings do not tell them apart.
+    """
 
     layout: Layout
     nodes: int
@@ -35,6 +54,17 @@ class Row:
     log_path: str
     measurement: Measurement | None = None
     failure: Failure | None = None
+    full: Full | None = None
+    runs: int = 1
+    gpu_hours: float = 0.0
+    is_equal_to_best: bool = False
+
+    @property
+    def spread_pct(self) -> float | None:
+        """Half the interval of the measured step time, in percent of it."""
+        if (m := self.measurement) is None:
+            return None
+        return 50 * (m.step_time_high_s - m.step_time_low_s) / m.step_time_s
 
     @property
     def error_pct(self) -> float | None:
@@ -42,6 +72,31 @@ class Row:
         if self.measurement is None:
             return None
         return 100 * (self.predicted_step_time_s / self.measurement.step_time_s - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """What the search cost, and what timing each of the `grid_layouts` would have; `ended` says why it ended."""
+
+    gpu_hours: float
+    runs: int
+    grid_layouts: int
+    grid_gpu_hours: float
+    ended: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The days that the `steps` steps of the full training take.
+
+    Predicted for the best layout before the search, and as its winner was measured, with the relative standard
+    deviation of that.
+    """
+
+    steps: int
+    predicted_days: float
+    days: float | None
+    days_error: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +127,8 @@ class Report:
     rows: Sequence[Row]
     planned_runs: int
     predictions: Predictions
+    spent: Spent
+    training: Training
     notes: Sequence[str]
     optimal_path: str | None
     train_command: str | None
@@ -108,11 +165,18 @@ class Report:
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Measured rows by throughput, ties by layout; behind them the failures by layout."""
+    """Measured rows by their step time on all nodes, those that were run at scale first; then the failures.
 
-    def key(row: Row) -> tuple[bool, float, Layout]:
-        rate = row.measurement.model_tflops_per_gpu if row.measurement else 0.0
-        return row.measurement is None, -rate, row.layout
+    Ties by layout. Every layout works through the same batch on all nodes.
+    """
+
+    def key(row: Row) -> tuple[bool, bool, float, Layout]:
+        if row.measurement is None:
+            return True, True, 0.0, row.layout
+        if row.full is None:
+            return False, True, -row.measurement.model_tflops_per_gpu, row.layout
+        scaled = row.full.at_scale
+        return False, scaled is None, scaled.step_time_s if scaled else row.full.step_time_s, row.layout
 
     return sorted(rows, key=key)
 
@@ -155,6 +219,9 @@ def table_rows(report: Report) -> list[dict[str, Any]]:
                 "gpus": row.gpus,
                 "gbs": row.gbs,
                 "step_time_s": m.step_time_s if m else None,
+                "step_time_low_s": m.step_time_low_s if m else None,
+                "step_time_high_s": m.step_time_high_s if m else None,
+                "is_equal_to_best": row.is_equal_to_best,
                 "predicted_step_time_s": row.predicted_step_time_s,
                 "error_pct": row.error_pct,
                 "model_tflops_per_gpu": m.model_tflops_per_gpu if m else None,
@@ -163,7 +230,17 @@ def table_rows(report: Report) -> list[dict[str, Any]]:
                 "tokens_per_s_per_gpu": m.tokens_per_s_per_gpu if m else None,
                 "peak_memory_gib": m.peak_memory_gib if m else None,
                 "predicted_memory_gib": row.predicted_memory_gib,
+                "full_step_time_s": row.full.step_time_s if row.full else None,
+                "full_error": row.full.error if row.full else None,
+                "full_predicted_step_time_s": row.full.predicted_step_time_s if row.full else None,
+                "full_model_tflops_per_gpu": row.full.model_tflops_per_gpu if row.full else None,
+                "at_scale_nodes": row.full.at_scale_nodes if row.full else None,
+                "at_scale_step_time_s": row.full.at_scale.step_time_s if row.full and row.full.at_scale else None,
                 "steps": len(m.step_times_s) if m else None,
+                "warmup_steps": m.warmup_steps if m else None,
+                "is_steady": m.is_steady if m else None,
+                "runs": row.runs,
+                "gpu_hours": row.gpu_hours,
                 "message": row.failure.message if row.failure else None,
                 "log_path": row.log_path,
             }
@@ -198,6 +275,7 @@ def html(report: Report) -> str:
         report=report,
         rows=table_rows(report),
         nothing=why_nothing_ran(report),
+        answer=answer_lines(report),
         convention=MODEL_FLOPS_CONVENTION,
         version=__version__,
     )
@@ -206,18 +284,23 @@ def html(report: Report) -> str:
 def print_table(report: Report, console: Console, top: int) -> None:
     """The answer in 80 columns: the best `top` layouts, failures, rejections, and what to do with the winner."""
     table = Table(title=f"{report.model} on {report.nodes} × {report.cluster.name}", title_justify="left", box=None)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
     table.add_column("#", justify="right")
     table.add_column("layout", no_wrap=True)
-    for heading in ("step s", "predicted", "TFLOPS/GPU", "MFU", "GiB"):
-        table.add_column(heading, justify="right")
+    scaled = any(row.full and row.nodes != report.nodes for row in report.measured)
+    full = (f"on {report.nodes}",) if scaled else ()
+    for heading in ("step s", "±", "pred. s", *full, "TFLOPS", "MFU", "GiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for rank, row in enumerate(report.measured[:top], start=1):
         m = row.measurement
         assert m  # noqa: S101 (what `measured` means)
         table.add_row(
-            str(rank),
-            row.layout.name,
+            f"{rank}{'=' if row.is_equal_to_best else ''}",
+            row.layout.short_name,
             f"{m.step_time_s:.4g}",
+            f"{row.spread_pct:.1f}%",
             f"{row.predicted_step_time_s:.4g}",
+            *((f"{row.full.step_time_s:.4g}" if row.full else "",) if scaled else ()),
             f"{m.model_tflops_per_gpu:.4g}",
             f"{m.model_tflops_per_gpu / report.peak_tflops:.0%}",
             f"{m.peak_memory_gib:.2f}",
@@ -226,6 +309,11 @@ def print_table(report: Report, console: Console, top: int) -> None:
         console.print(table)
     elif not report.rows:
         console.print(_expected_table(report, top))
+    _print_below(report, console)
+
+
+def _print_below(report: Report, console: Console) -> None:
+    """What stands below the table: failures, rejections, notes and the winner."""
     say = partial(console.print, soft_wrap=True, markup=False)
     for row in report.failed:
         assert row.failure  # noqa: S101 (what `failed` means)
@@ -243,8 +331,37 @@ def print_table(report: Report, console: Console, top: int) -> None:
         say(nothing)
     elif report.winner:
         say(f"winner: {report.winner.layout.name}", style="bold")
+        for line in answer_lines(report):
+            say(f"  {line}")
         say(f"  config: {report.optimal_path}")
         say(f"  train:  {report.train_command}")
+
+
+def answer_lines(report: Report) -> list[str]:
+    """How sure the winner is, what the training takes with it, and what finding it cost."""
+    lines, spent, training, best = [], report.spent, report.training, report.winner
+    equals = [row.layout.name for row in report.measured if row.is_equal_to_best and row is not best]
+    if equals:
+        lines.append(f"equal:  {', '.join(equals)} (their intervals overlap: the timings do not tell them apart)")
+    if best and best.full:
+        at = f"{best.full.step_time_s:.4g} s ±{best.full.error:.1%} a step on {_nodes(report.nodes)}"
+        if (scaled := best.full.at_scale) is not None:
+            at += f", measured {scaled.step_time_s:.4g} s on {_nodes(best.full.at_scale_nodes or 0)}"
+        lines.append(f"step:   {at}, {best.full.predicted_step_time_s:.4g} s predicted before the search")
+    if training.days is not None:
+        lines.append(
+            f"days:   {training.days:.3g} ±{training.days_error:.1%} for {training.steps:,} steps; "
+            f"{training.predicted_days:.3g} predicted for the best layout before the search"
+        )
+    lines.append(
+        f"cost:   {spent.gpu_hours:.3g} GPU hours in {spent.runs} runs; timing all {spent.grid_layouts} layouts would "
+        f"have taken {spent.grid_gpu_hours:.3g}"
+    )
+    return lines
+
+
+def _nodes(count: int) -> str:
+    return f"{count} node{'s' if count != 1 else ''}"
 
 
 def _expected_table(report: Report, top: int) -> Table:
@@ -284,6 +401,8 @@ def as_json(report: Report, directory: Path) -> Mapping[str, Any]:
         "rejections": [dataclasses.asdict(r) for r in report.rejections],
         "notes": list(report.notes),
         "likely_to_fit": report.predictions.likely_to_fit,
+        "spent": dataclasses.asdict(report.spent),
+        "training": dataclasses.asdict(report.training),
         "results": str(directory),
         "report": str(directory / "report.html"),
     }

@@ -4,50 +4,81 @@ plan.json            what was asked for, resolved
 base_config.yaml     the config that every candidate is cut from
 candidates/*.yaml    every legal layout, for the whole cluster
 predictions.csv      what is expected of each
-submissions.jsonl    which job runs which layout
-outcomes.jsonl       what came of it
-runs/<layout>/       config.yaml, measurement.json or failure-rankN.json, logs/
+submissions.jsonl    which job runs which layout; written before the job is submitted, and again with its id
+outcomes.jsonl       what came of each run
+runs/<run>/          config.yaml, measurement.json or failure-rankN.json, logs/; a run is called after its layout,
+                     and layout.2, layout.3 where the layout is run again
+status.json          the runs under way as the scheduler sees them, for those who watch
 report.html, report.csv, optimal.yaml
 """
 
 import fcntl
+import itertools
 import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from hptool import files
-from hptool.errors import InputError
+from hptool.errors import InputError, LaunchError
 from hptool.measurement import Failure, FailureKind, Measurement, Outcome
+from hptool.units import SECONDS_PER_HOUR
 
 #: Held by the process that works in a results directory.
 LOCK = ".lock"
 
+#: For how long somebody who only looks whether the directory is held may keep others from holding it.
+_LOOK_S = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """A layout that was handed to the scheduler as a job."""
+    """The run `run` of the layout `name`, handed to the scheduler as a job that carries `token`.
+
+    Without a job id it was about to be. `predicted_step_time_s` is of this run, before the search has learnt anything.
+    """
 
     name: str
-    job_id: str
+    run: str
+    token: str
+    nodes: int
+    gpus: int
+    steps: int
+    predicted_step_time_s: float
+    job_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutcomeRecord:
-    """What came of one layout's run; exactly one of `measurement` and `failure` is there."""
+    """What came of one run of a layout, and what it cost; exactly one of `measurement` and `failure` is there.
+
+    `ran_s` is how long the run held its GPUs. The layout may be run again after a failure that was none of its own.
+    """
 
     name: str
+    run: str
     job_id: str | None
+    nodes: int
+    gpus: int
+    steps: int
+    ran_s: float
     measurement: Measurement | None = None
     failure: Failure | None = None
+    may_run_again: bool = False
 
     def __post_init__(self) -> None:
         if (self.measurement is None) == (self.failure is None):
             raise ValueError("measurement, failure: both or neither given, allowed is one of them")
+
+    @property
+    def gpu_hours(self) -> float:
+        """What the run cost."""
+        return self.gpus * self.ran_s / SECONDS_PER_HOUR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +87,16 @@ class Progress:
 
     step: int
     of: int
+    tokens_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """A search at work, as it last said: what it does, since when, and the scheduler's word on each run under way."""
+
+    doing: str
+    elapsed_s: float
+    states: Mapping[str, str]
 
 
 class ResultsDirectory:
@@ -70,6 +111,7 @@ class ResultsDirectory:
         self._plan = path / "plan.json"
         self._submissions = path / "submissions.jsonl"
         self._outcomes = path / "outcomes.jsonl"
+        self._status = path / "status.json"
         self._held: TextIO | None = None
 
     def close(self) -> None:
@@ -77,6 +119,23 @@ class ResultsDirectory:
         if self._held is not None:
             self._held.close()
             self._held = None
+
+    def is_there(self) -> bool:
+        """A search was begun in the directory."""
+        return self._plan.is_file()
+
+    def is_held(self) -> bool:
+        """Some process works in the directory, this one or another."""
+        if self._held is not None:
+            return True
+        try:
+            with (self.path / LOCK).open(encoding="utf-8") as file:
+                _lock(file, fcntl.LOCK_SH)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False  # there is no such file: nobody ever worked here
+        return False
 
     def begin(self, plan: Mapping[str, Any], *, resume: bool) -> None:
         """Claim the directory for `plan`, or go on with the same plan.
@@ -121,41 +180,63 @@ class ResultsDirectory:
             (aside / f"{name}.yaml").write_text(text, encoding="utf-8")
         aside.rename(self.candidates)
 
-    def run_directory(self, name: str) -> Path:
-        """Where the run of a layout lives."""
-        return self.path / "runs" / name
+    def run_directory(self, run: str) -> Path:
+        """Where a run lives."""
+        return self.path / "runs" / run
 
-    def prepare_run(self, name: str, config_text: str) -> Path:
-        """A fresh run directory with its config; what an earlier, interrupted try left is kept beside it."""
-        directory = self.run_directory(name)
-        if directory.exists() and any(x.name != "config.yaml" for x in directory.iterdir()):
-            tries = sum(1 for _ in directory.parent.glob(f"{name}.interrupted-*"))
-            directory.rename(directory.with_name(f"{name}.interrupted-{tries + 1}"))
-        files.write_text(directory / "config.yaml", config_text)
-        return directory
+    def prepare_run(self, name: str, config_text: str) -> str:
+        """A fresh directory with its config for a run of the layout `name`; what the run is called."""
+        tries = itertools.count(1)
+        run = next(run for k in tries if not _was_tried(self.run_directory(run := name if k == 1 else f"{name}.{k}")))
+        files.write_text(self.run_directory(run) / "config.yaml", config_text)
+        return run
 
     def record_submission(self, submission: Submission) -> None:
         """Remember which job runs a layout, so that a later process finds it."""
-        files.append_line(self._submissions, files.json_text(submission, indent=None))
+        self._append(self._submissions, submission)
 
     def record_outcome(self, record: OutcomeRecord) -> None:
         """Remember what came of a run, for good."""
-        files.append_line(self._outcomes, files.json_text(record, indent=None))
+        self._append(self._outcomes, record)
+
+    def _append(self, path: Path, record: Any) -> None:
+        try:
+            files.append_line(path, files.json_text(record, indent=None))
+        except OSError as error:
+            raise LaunchError(
+                f"{path}: cannot be written: {error.strerror}. Make room and go on with --resume; "
+                "what the jobs leave behind is not lost"
+            ) from error
 
     def submissions(self) -> dict[str, Submission]:
-        """The latest submission of every layout."""
-        return {x.name: x for x in _read_lines(self._submissions, Submission)}
+        """Every run that was submitted, by its name, as it was last noted."""
+        return {x.run: x for x in _read_lines(self._submissions, Submission)}
 
     def outcomes(self) -> dict[str, OutcomeRecord]:
-        """What came of every layout that ended; the first record of a layout stands."""
+        """What came of every run that ended, by its name; the first record of a run stands."""
         found: dict[str, OutcomeRecord] = {}
         for record in _read_lines(self._outcomes, OutcomeRecord):
-            found.setdefault(record.name, record)
+            found.setdefault(record.run, record)
         return found
 
-    def read_outcome(self, name: str) -> Outcome | None:
+    def write_status(self, status: "Status") -> None:
+        """Let those see who watch from elsewhere; nobody relies on it, so it is not forced to disk."""
+        aside = self.path / ".status.json"
+        aside.write_text(files.json_text(status), encoding="utf-8")
+        aside.replace(self._status)
+
+    def read_status(self) -> "Status | None":
+        """What the search last said of itself; None where it has said nothing that can be read."""
+        try:
+            found = files.parse_json(files.read_text(self._status), Status, str(self._status))
+        except InputError:
+            return None
+        assert isinstance(found, Status)  # noqa: S101 (what was asked for)
+        return found
+
+    def read_outcome(self, run: str) -> Outcome | None:
         """What the job itself left behind: a measurement before any failure, None while there is neither."""
-        directory = self.run_directory(name)
+        directory = self.run_directory(run)
         measurement = directory / "measurement.json"
         try:
             if measurement.is_file():
@@ -170,9 +251,9 @@ class ResultsDirectory:
             return Failure(kind=FailureKind.CRASH, message=f"left an unreadable result: {error}")
         return None
 
-    def read_progress(self, name: str) -> Progress | None:
+    def read_progress(self, run: str) -> Progress | None:
         """What the job says of itself while it runs; None where it has said nothing yet."""
-        path = self.run_directory(name) / "progress.json"
+        path = self.run_directory(run) / "progress.json"
         try:
             found = files.parse_json(files.read_text(path), Progress, str(path))
         except InputError:
@@ -181,11 +262,16 @@ class ResultsDirectory:
         return found
 
 
+def _was_tried(directory: Path) -> bool:
+    """A run has left something there beside its config."""
+    return directory.exists() and any(x.name != "config.yaml" for x in directory.iterdir())
+
+
 def hold(directory: Path) -> TextIO:
     """Holds a directory for as long as the file is open; InputError where another process holds it."""
     held = (directory / LOCK).open("a+", encoding="utf-8")
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(held, fcntl.LOCK_EX)
     except BlockingIOError as error:
         held.seek(0)
         who = held.read().strip() or "another process"
@@ -195,6 +281,18 @@ def hold(directory: Path) -> TextIO:
     held.write(f"process {os.getpid()} on {platform.node()}")
     held.flush()
     return held
+
+
+def _lock(file: TextIO, kind: int) -> None:
+    """BlockingIOError where somebody has it for longer than a look at it takes."""
+    deadline = time.monotonic() + _LOOK_S
+    while True:
+        try:
+            return fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S / 10)
 
 
 def _read_lines(path: Path, kind: type[Any]) -> Iterator[Any]:

@@ -1,47 +1,112 @@
-"""The path, once, in order: plan, write, measure, report."""
+"""The path, once, in order: plan, write, say what it costs, measure, report."""
 
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from hptool import catalogue, files, launch, report, strategy, train
-from hptool.campaign import Say, measure, planned_run
-from hptool.candidates import Layouts
-from hptool.plan import Plan, SearchRequest, make_plan, run_config
-from hptool.predict import predict, stack
+from hptool import catalogue, cost, files, launch, report
+from hptool.campaign import measure, planned_run
+from hptool.cost import Dispatch, Estimate
+from hptool.course import Course, Order, Timing, next_order
+from hptool.findings import Search, make_report
+from hptool.plan import Plan, SearchRequest, make_plan, read_plan
 from hptool.results import ResultsDirectory
+from hptool.strategy import Ending
+from hptool.timed_runs import timed_run
+from hptool.watch import Screen, duration
 from hptool.worker.refusals import refuse_missing_framework
 
+#: Asks whether to go on; only where somebody can answer.
+Confirm = Callable[[], bool]
 
-def search_train(request: SearchRequest, say: Say) -> tuple[report.Report, Path]:
+
+def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tuple[report.Report, Path]:
     """Run the search; its report (also written) and its directory.
 
     Raises InputError, NoFeasibleLayout or LaunchError; a failed run is no error but a row of the report.
     """
     plan = make_plan(request)
     if (remark := catalogue.remark(request.model)) is not None:
-        say(remark)
+        screen.say(remark)
     if not request.dry_run:
         refuse_missing_framework()
+    course = plan.course
+    dispatch, estimate = _cost(plan, course)
     results = ResultsDirectory(plan.directory)
     try:
         results.begin(plan.document(), resume=request.resume)
-        _write_plan(plan, results, say)
-        notes: list[str] = []
+        _write_plan(plan, course, results, screen)
+        for line in _cost_lines(plan, dispatch, estimate):
+            screen.say(line)
         if request.dry_run:
-            notes.append("Dry run: everything was written, nothing was launched.")
+            note, ended = "Dry run: everything was written, nothing was launched.", None
+        elif plan.cluster.scheduler == "slurm" and not confirm():
+            note, ended = "Everything was written, nothing was launched.", None
         else:
-            measure(plan, results, say)
-        made = make_report(plan, results, notes)
+            note, ended = None, measure(plan, course, dispatch, results, screen)
+            screen.say(f"ended: {ended}")
+        found = Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended)
+        made = make_report(found, [note] if note else [])
         report.write(made, plan.directory)
     finally:
         results.close()
     return made, plan.directory
 
 
-def _write_plan(plan: Plan, results: ResultsDirectory, say: Say) -> None:
+def read_report(directory: Path) -> report.Report:
+    """The report of the search in a directory, made anew from its records and written, whether or not it is at work."""
+    plan = read_plan(directory)
+    course = plan.course
+    _, estimate = _cost(plan, course)
+    results = ResultsDirectory(directory)
+    status = results.read_status()
+    ended = status.doing if status else None
+    made = make_report(Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended))
+    report.write(made, directory)
+    return made
+
+
+def _cost(plan: Plan, course: Course) -> tuple[Dispatch, Estimate]:
+    request = plan.request
+    return cost.choose(
+        course,
+        plan.predictions.ranking(),
+        plan.cluster,
+        submit=request.submit,
+        parallel=request.parallel,
+        minutes=request.max_minutes_per_run,
+    )
+
+
+def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]:
+    """What the search may cost, and what the scheduler will be asked for, before the first job."""
+    request = plan.request
+    if request.strategy in ("adaptive", "optuna"):
+        layouts = f"up to {estimate.layouts} of {estimate.grid_layouts} layouts, as many as pay"
+    else:
+        layouts = f"{estimate.layouts} of {estimate.grid_layouts} layouts"
+    budget = f", of a budget of {request.budget_gpu_hours:g}" if request.budget_gpu_hours is not None else ""
+    cost_line = (
+        f"cost: {layouts}: some {estimate.usual_gpu_hours:.2g}, at most {estimate.gpu_hours:.2g} GPU hours{budget}; "
+        f"{duration(estimate.wall_s)} at most without queueing. Timing all {estimate.grid_layouts} would take "
+        f"{estimate.grid_gpu_hours:.3g} GPU hours"
+    )
+    lines = [cost_line]
+    if plan.cluster.scheduler == "slurm":
+        minutes = math.ceil(request.max_minutes_per_run) + launch.SCHEDULER_MARGIN_MINUTES
+        for asked in estimate.asked:
+            kind = "allocation, kept for one run after the other," if dispatch.submit == "packed" else "jobs"
+            lines.append(
+                f"the scheduler is asked for up to {asked.jobs} {kind} of {asked.nodes} nodes ({asked.gpus} GPUs), "
+                f"{minutes} minutes each"
+            )
+    return lines
+
+
+def _write_plan(plan: Plan, course: Course, results: ResultsDirectory, screen: Screen) -> None:
     total = len(plan.candidates.layouts)
-    say(
+    screen.say(
         f"{total} layouts can start, {sum(r.count for r in plan.candidates.rejections)} cannot; "
         f"{plan.predictions.likely_to_fit} are expected to fit into memory"
     )
@@ -53,80 +118,31 @@ def _write_plan(plan: Plan, results: ResultsDirectory, say: Say) -> None:
     files.write_text(results.predictions, report.predictions_csv(plan.predictions))
     if plan.cluster.scheduler == "slurm":
         shutil.rmtree(results.path / "scripts", ignore_errors=True)  # of an earlier limit
-        for row in strategy.propose(plan.predictions, (), plan.request.limit_search_runs):
-            layout = plan.predictions.layouts.row(row)
+        for order in _first_orders(course):
+            layout = plan.predictions.layouts.row(order.row)
             # Everything for this run in one folder, which is there before Slurm opens its log in it.
             folder = results.path / "scripts" / layout.name
-            timed = run_config(plan.config, layout, plan.request)
+            timed = timed_run(
+                plan.config,
+                layout,
+                nodes=order.nodes,
+                steps=plan.request.max_steps_per_run,
+                max_minutes=plan.request.max_minutes_per_run,
+            )
             files.write_text(folder / "config.yaml", files.yaml_text(timed.document()))
-            parameters = launch.run_parameters(planned_run(plan, results, layout), plan.cluster)
+            run = planned_run(plan, results, layout.name, order.nodes)
+            parameters = launch.run_parameters(run, plan.cluster)
             files.write_text(folder / "run.sh", launch.batch_script(parameters, folder / "config.yaml", folder))
 
 
-def make_report(plan: Plan, results: ResultsDirectory, notes: Sequence[str]) -> report.Report:
-    """Everything known about the search, and `optimal.yaml` where something was measured."""
-    rows = []
-    layouts = {layout.name: layout for layout in plan.predictions.layouts.rows()}
-    notes = list(notes)
-    for name, record in results.outcomes().items():
-        if name not in layouts:
-            continue
-        layout = layouts[name]
-        config = run_config(plan.config, layout, plan.request)
-        expected = predict(Layouts.of([layout]), stack([(config.workload, plan.cluster, plan.framework)]))
-        rows.append(
-            report.Row(
-                layout=layout,
-                nodes=config.trainer.num_nodes,
-                gpus=config.gpus,
-                gbs=config.model.global_batch_size,
-                predicted_step_time_s=float(expected.step_time_s[0]),
-                predicted_model_tflops_per_gpu=float(expected.model_tflops_per_gpu[0]),
-                predicted_memory_gib=float(expected.memory_gib[0]),
-                log_path=(record.failure and record.failure.log_path) or str(results.run_directory(name) / "logs"),
-                measurement=record.measurement,
-                failure=record.failure,
-            )
-        )
-    rows = report.ranked(rows)
-    if any(row.gbs != plan.config.model.global_batch_size for row in rows):
-        notes.append(
-            f"Runs used the fewest nodes for their layout instead of {plan.nodes}; each replica worked through the "
-            f"same microbatches as in the full training with its global batch of "
-            f"{plan.config.model.global_batch_size}, so the batch of a run is smaller by its missing replicas. "
-            "Communication between the missing replicas is not in the measured times."
-        )
-    if not plan.config.model.data.data_prefix:
-        notes.append(
-            "The winning config trains on synthetic tokens until model.data.data_prefix, or --data, names a .bin/.idx "
-            "set or a text."
-        )
-    if plan.config.model.rampup_batch_size is not None:
-        notes.append("Runs trained on the full global batch; hptool train ramps it up as model.rampup_batch_size says.")
-    best = next((row.layout for row in rows if row.measurement), None)
-    if best is not None:
-        files.write_text(results.optimal, files.yaml_text(plan.config.with_layout(best).document()))
-    return report.Report(
-        model=plan.config.run.name,
-        num_parameters=plan.config.shape.num_parameters,
-        cluster=plan.cluster,
-        nodes=plan.nodes,
-        gbs=plan.config.model.global_batch_size,
-        seq_length=plan.config.shape.seq_length,
-        precision=plan.config.precision,
-        peak_tflops=plan.cluster.gpu.peak_tflops[plan.config.precision],
-        candidates=len(plan.candidates.layouts),
-        rejections=plan.candidates.rejections,
-        rows=rows,
-        planned_runs=plan.planned_runs,
-        predictions=plan.predictions,
-        notes=notes,
-        optimal_path=str(results.optimal) if best is not None else None,
-        train_command=_train_command(plan, results) if best is not None else None,
-    )
-
-
-def _train_command(plan: Plan, results: ResultsDirectory) -> str:
-    """The command that trains `optimal.yaml`, where the search measured."""
-    cluster = plan.request.cluster if plan.cluster.scheduler == "slurm" else None
-    return train.command(results.optimal, results.path / "training", cluster)
+def _first_orders(course: Course) -> list[Order]:
+    """The layouts that would be run if none of them taught anything."""
+    orders: list[Order] = []
+    timings: list[Timing] = []
+    while len(orders) < course.layouts:
+        step = next_order(course, timings)
+        if not isinstance(step, Order):
+            break
+        orders.append(step)
+        timings.append(Timing(row=step.row, nodes=step.nodes, steps=step.steps, ending=Ending.UNDER_WAY))
+    return orders

@@ -6,7 +6,8 @@ from hptool import files
 from hptool.candidates import Layout, Rejection, SearchSpace, enumerate_layouts
 from hptool.measurement import Failure, FailureKind, Measurement
 from hptool.predict import predict, stack
-from hptool.report import Report, Row, ranked
+from hptool.report import Full, Report, Row, Spent, Training, ranked
+from hptool.results import OutcomeRecord, Submission
 from tests.conftest import preset_config
 from tests.test_candidates import LIMITS
 
@@ -16,7 +17,11 @@ def measurement(step_time_s: float = 0.5, tflops: float = 0.01) -> Measurement:
     return Measurement(
         step_times_s=(step_time_s * 1.1, step_time_s, step_time_s * 0.9),
         step_time_s=step_time_s,
+        step_time_low_s=step_time_s * 0.9,
+        step_time_high_s=step_time_s * 1.1,
+        is_steady=True,
         warmup_steps=2,
+        startup_s=3.0,
         losses=(6.3, 6.2, 6.1, 6.0, 5.9),
         peak_memory_gib=0.4,
         memory_kind="max resident",
@@ -48,6 +53,15 @@ def row(layout: Layout, outcome: Measurement | Failure) -> Row:
         log_path=f"runs/{layout.name}/logs",
         measurement=outcome if isinstance(outcome, Measurement) else None,
         failure=outcome if isinstance(outcome, Failure) else None,
+        full=Full(
+            step_time_s=outcome.step_time_s,
+            error=0.02,
+            model_tflops_per_gpu=outcome.model_tflops_per_gpu,
+            predicted_step_time_s=0.45,
+        )
+        if isinstance(outcome, Measurement)
+        else None,
+        gpu_hours=0.01,
     )
 
 
@@ -72,9 +86,45 @@ def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
         rows=ranked(rows),
         planned_runs=4,
         predictions=predict(candidates.layouts, stack([(config.workload, cluster, framework)])),
+        spent=Spent(gpu_hours=0.03, runs=3, grid_layouts=4, grid_gpu_hours=0.5, ended="done: tested"),
+        training=Training(
+            steps=1000,
+            predicted_days=0.0052,
+            days=winner.full.step_time_s * 1000 / 86400 if winner and winner.full else None,
+            days_error=0.02 if winner else None,
+        ),
         notes=notes,
         optimal_path=str(Path("results/demo/optimal.yaml")) if winner else None,
         train_command="hptool train --config results/demo/optimal.yaml" if winner else None,
+    )
+
+
+def submission(name: str, run: str | None = None, job_id: str | None = None) -> Submission:
+    """A run of this layout on one node of two GPUs."""
+    return Submission(
+        name=name,
+        run=run or name,
+        token=f"token-of-{run or name}",
+        nodes=1,
+        gpus=2,
+        steps=8,
+        predicted_step_time_s=0.45,
+        job_id=job_id,
+    )
+
+
+def record(name: str, outcome: Measurement | Failure, *, run: str | None = None, job_id: str = "7") -> OutcomeRecord:
+    """What came of such a run after a minute."""
+    return OutcomeRecord(
+        name=name,
+        run=run or name,
+        job_id=job_id,
+        nodes=1,
+        gpus=2,
+        steps=8,
+        ran_s=60.0,
+        measurement=outcome if isinstance(outcome, Measurement) else None,
+        failure=outcome if isinstance(outcome, Failure) else None,
     )
 
 

@@ -1,37 +1,54 @@
 """The runs under way, against a scheduler that does what a test tells it to."""
 
+import itertools
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hptool import files, launch
-from hptool.campaign import Campaign
-from hptool.candidates import Layout, SearchSpace
+from hptool.campaign import Campaign, Work
+from hptool.candidates import Layout, Recompute, SearchSpace
+from hptool.cost import Dispatch
+from hptool.course import Order
+from hptool.errors import BusyError
 from hptool.launch import JobState, JobStatus, Run
 from hptool.measurement import FailureKind
-from hptool.plan import SearchRequest, make_plan
-from hptool.results import ResultsDirectory, Submission
+from hptool.plan import Plan, SearchRequest, make_plan
+from hptool.results import ResultsDirectory
+from hptool.strategy import Ending
+from hptool.watch import Snapshot
 from tests import samples
 
 LAYOUT = Layout()
+RUN = LAYOUT.name
+NONE = ((Recompute.NONE, None),)
 
 
 @dataclass
 class Scheduler:
-    """A launcher whose one job is as `answer` says."""
+    """A launcher whose jobs are as `answer` says; it takes none while it is `busy`, and knows those in `marked`."""
 
     folder: Path
     slots: int | None = None
     poll_s: float = 0.0
     answer: JobStatus = field(default_factory=lambda: JobStatus(state=JobState.RUNNING))
     cancelled: list[str] = field(default_factory=list)
+    taken: list[Run] = field(default_factory=list)
+    busy: bool = False
+    marked: dict[str, str] = field(default_factory=dict)
+    is_closed: bool = False
 
     def submit(self, runs: Sequence[Run], started: launch.Started) -> None:
+        if self.busy:
+            raise BusyError("sbatch refused: Job violates accounting/QOS policy (job submit limit)")
         for run in runs:
-            started(run, "7")
+            self.taken.append(run)
+            started(run, str(6 + len(self.taken)))
 
     def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         return dict.fromkeys(job_ids, self.answer)
@@ -39,27 +56,69 @@ class Scheduler:
     def cancel(self, job_ids: Sequence[str]) -> None:
         self.cancelled += job_ids
 
+    def find(self, tokens: Sequence[str]) -> dict[str, str]:
+        return {token: self.marked[token] for token in tokens if token in self.marked}
+
     def log_path(self, job_id: str) -> Path:
         return self.folder / f"{job_id}.log"
 
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Listener:
+    """A screen that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.shown: list[Snapshot] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def show(self, now: Callable[[], Snapshot]) -> None:
+        self.shown.append(now())
+
+    def confirm(self, question: str) -> bool:
+        raise AssertionError(question)
+
 
 @pytest.fixture
-def said() -> list[str]:
-    return []
+def listener() -> Listener:
+    return Listener()
 
 
 @pytest.fixture
-def campaign(tmp_path: Path, said: list[str]) -> Campaign:
-    space = SearchSpace(tp=(1,), pp=(1,), vpp=(1,), mbs=(1,))
-    plan = make_plan(
-        SearchRequest(model="gpt3/tiny", cluster="local", space=space, results=tmp_path / "run", max_minutes_per_run=1)
-    )
+def said(listener: Listener) -> list[str]:
+    return listener.said
+
+
+def plan_of(results: Path, **asked: Any) -> Plan:
+    given: dict[str, Any] = {"space": SearchSpace(tp=(1,), pp=(1,), vpp=(1,), mbs=(1,), recompute=NONE), "max_minutes_per_run": 1}
+    return make_plan(SearchRequest(model="gpt3/tiny", cluster="local", results=results, **given | asked))
+
+
+def campaign_of(plan: Plan, results: ResultsDirectory, launcher: launch.Launcher, listener: Listener) -> Campaign:
+    dispatch = Dispatch(submit="separate", parallel=None, overhead_s=8.0)
+    return Campaign(plan, plan.course, results, Work(dispatch=dispatch, launcher=launcher, screen=listener))
+
+
+@pytest.fixture
+def campaign(tmp_path: Path, listener: Listener) -> Campaign:
+    plan = plan_of(tmp_path / "run")
     results = ResultsDirectory(plan.directory)
     results.begin(plan.document(), resume=False)
-    found = Campaign(plan, results, said.append)
-    found.launcher = Scheduler(tmp_path)
-    found.submit([LAYOUT])
+    found = campaign_of(plan, results, Scheduler(tmp_path), listener)
+    found.submit([ORDER])
     return found
+
+
+ORDER = Order(row=0, steps=8, nodes=1, why="tested")
+
+
+def again(campaign: Campaign, listener: Listener) -> Campaign:
+    """The next process that looks after the same search."""
+    return campaign_of(campaign.plan, campaign.results, campaign.launcher, listener)
 
 
 def scheduler(campaign: Campaign) -> Scheduler:
@@ -82,7 +141,7 @@ def test_a_job_that_neither_supervisor_nor_scheduler_ends_is_cancelled(
     later(monkeypatch, 10)
     campaign.collect()
     assert scheduler(campaign).cancelled == ["7"]
-    failure = campaign.outcomes[LAYOUT.name].failure
+    failure = campaign.outcomes[RUN].failure
     assert failure is not None
     assert failure.kind is FailureKind.TIMEOUT
 
@@ -105,7 +164,7 @@ def test_a_job_that_ended_without_a_word_is_judged_by_its_scheduler_and_log(
     assert not campaign.outcomes  # its files may be on their way
     later(monkeypatch, 6)
     campaign.collect()
-    failure = campaign.outcomes[LAYOUT.name].failure
+    failure = campaign.outcomes[RUN].failure
     assert failure is not None
     assert failure.kind is kind
     assert log in failure.message
@@ -115,10 +174,10 @@ def test_a_job_that_ended_without_a_word_is_judged_by_its_scheduler_and_log(
 def test_a_measurement_that_arrives_late_counts(campaign: Campaign) -> None:
     scheduler(campaign).answer = JobStatus(state=JobState.ENDED)
     campaign.collect()
-    path = campaign.results.run_directory(LAYOUT.name) / "measurement.json"
+    path = campaign.results.run_directory(RUN) / "measurement.json"
     files.write_text(path, files.json_text(samples.measurement()))
     campaign.collect()
-    assert campaign.outcomes[LAYOUT.name].measurement == samples.measurement()
+    assert campaign.outcomes[RUN].measurement == samples.measurement()
 
 
 def test_a_wait_says_what_it_waits_for(campaign: Campaign, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,37 +185,185 @@ def test_a_wait_says_what_it_waits_for(campaign: Campaign, said: list[str], monk
     campaign.collect()
     later(monkeypatch, 40)
     campaign.collect()
-    assert said[-1] == f"waiting for {LAYOUT.name} (pending, Resources)"
+    assert said[-1] == f"waiting for {RUN} (pending, Resources)"
 
 
-def test_a_job_of_an_earlier_process_is_waited_for_and_not_repeated(campaign: Campaign) -> None:
-    campaign.results.record_submission(Submission(name=LAYOUT.name, job_id="7"))
-    again = Campaign(campaign.plan, campaign.results, lambda _: None)
-    again.launcher = campaign.launcher
-    again.take_over()
-    assert again.under_way == {LAYOUT.name: "7"}
+def test_a_job_of_an_earlier_process_is_waited_for_and_not_repeated(campaign: Campaign, listener: Listener) -> None:
+    other = again(campaign, listener)
+    other.take_over()
+    assert [f.submission.job_id for f in other.under_way.values()] == ["7"]
+    assert not [t for t in other.timings() if t.ending is not Ending.UNDER_WAY]
 
 
-def test_a_job_that_is_gone_without_an_outcome_is_free_to_be_run_again(campaign: Campaign) -> None:
+def test_a_job_whose_id_nobody_noted_is_found_by_its_mark(campaign: Campaign, listener: Listener) -> None:
+    # As a process leaves it that dies between the scheduler's answer and its note of it.
+    lines = (campaign.results.path / "submissions.jsonl").read_text().splitlines()
+    (campaign.results.path / "submissions.jsonl").write_text(lines[0] + "\n")
+    assert json.loads(lines[0])["job_id"] is None
+    scheduler(campaign).marked = {json.loads(lines[0])["token"]: "7"}
+    other = again(campaign, listener)
+    other.take_over()
+    assert [f.submission.job_id for f in other.under_way.values()] == ["7"]
+    assert campaign.results.submissions()[RUN].job_id == "7"
+
+
+def test_a_job_that_was_never_taken_costs_nothing(campaign: Campaign, listener: Listener) -> None:
+    lines = (campaign.results.path / "submissions.jsonl").read_text().splitlines()
+    (campaign.results.path / "submissions.jsonl").write_text(lines[0] + "\n")
+    other = again(campaign, listener)
+    other.take_over()
+    assert not other.under_way
+    assert not other.outcomes
+    other.submit([ORDER])
+    assert list(other.under_way) == [RUN]  # its directory held a config and nothing else
+
+
+def test_a_job_that_is_gone_without_an_outcome_is_free_to_be_run_again(campaign: Campaign, listener: Listener) -> None:
+    (campaign.results.run_directory(RUN) / "logs").mkdir()
     scheduler(campaign).answer = JobStatus(state=JobState.LOST)
-    again = Campaign(campaign.plan, campaign.results, lambda _: None)
-    again.launcher = campaign.launcher
-    again.take_over()
-    assert not again.under_way
-    assert not again.outcomes
+    other = again(campaign, listener)
+    other.take_over()
+    assert not other.under_way
+    assert not other.outcomes
+    other.submit([ORDER])
+    assert list(other.under_way) == [f"{RUN}.2"]
+
+
+def test_an_outcome_that_nobody_recorded_is_recorded_and_not_repeated(campaign: Campaign, listener: Listener) -> None:
+    path = campaign.results.run_directory(RUN) / "measurement.json"
+    files.write_text(path, files.json_text(samples.measurement()))
+    scheduler(campaign).answer = JobStatus(state=JobState.LOST)
+    other = again(campaign, listener)
+    other.take_over()
+    assert other.outcomes[RUN].measurement == samples.measurement()
+    assert again(campaign, listener).outcomes[RUN].measurement == samples.measurement()
 
 
 def test_an_adopted_job_that_is_lost_is_no_failure_but_free_again(
+    campaign: Campaign, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = again(campaign, listener)
+    other.take_over()  # the scheduler is still asked whether it knows the job
+    assert other.under_way
+    scheduler(campaign).answer = JobStatus(state=JobState.LOST, meaning=FailureKind.LOST)
+    other.collect()
+    later(monkeypatch, 6)
+    other.collect()
+    assert not other.under_way
+    assert not other.outcomes
+    assert "will be run again" in listener.said[-1]
+
+
+def test_what_the_scheduler_took_away_is_run_again_and_counts_as_cost(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign.collect()
+    later(monkeypatch, 30)
+    scheduler(campaign).answer = JobStatus(
+        state=JobState.ENDED, detail="NODE_FAIL", meaning=FailureKind.LOST, may_run_again=True
+    )
+    campaign.collect()
+    later(monkeypatch, 6)
+    campaign.collect()
+    record = campaign.outcomes[RUN]
+    assert record.may_run_again
+    assert record.gpu_hours == pytest.approx(2 * 36 / 3600, rel=0.1)
+    orders, _ = campaign.next_orders()
+    assert [order.row for order in orders] == [0]
+
+
+def test_what_somebody_cancelled_is_run_again_only_by_who_resumes(
+    campaign: Campaign, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler(campaign).answer = JobStatus(state=JobState.ENDED, detail="CANCELLED by 7", meaning=FailureKind.LOST)
+    campaign.collect()
+    later(monkeypatch, 6)
+    campaign.collect()
+    assert campaign.next_orders()[0] == []
+    assert [order.row for order in again(campaign, listener).next_orders()[0]] == [0]
+
+
+def test_a_job_that_is_queued_again_starts_its_time_anew(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign.collect()
+    later(monkeypatch, 50 + launch.OVERDUE_S)
+    scheduler(campaign).answer = JobStatus(state=JobState.PENDING, detail="BeginTime")
+    campaign.collect()
+    scheduler(campaign).answer = JobStatus(state=JobState.RUNNING)
+    campaign.collect()
+    later(monkeypatch, 50)
+    campaign.collect()
+    assert not scheduler(campaign).cancelled
+
+
+def test_a_busy_scheduler_is_asked_again_ever_later(
     campaign: Campaign, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = Campaign(campaign.plan, campaign.results, said.append)
-    again.launcher = campaign.launcher
-    again.take_over()  # the scheduler is still asked whether it knows the job
-    assert again.under_way
-    scheduler(campaign).answer = JobStatus(state=JobState.LOST, meaning=FailureKind.LOST)
-    again.collect()
-    later(monkeypatch, 6)
-    again.collect()
-    assert not again.under_way
-    assert not again.outcomes
-    assert "will be run again" in said[-1]
+    del campaign.under_way[RUN]
+    slept: list[float] = []
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock + sum(slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    launcher = scheduler(campaign)
+    launcher.poll_s, launcher.busy, launcher.answer = 1.0, True, JobStatus(state=JobState.ENDED)
+    tries: list[float] = []
+    submit = campaign.submit
+
+    def counted(orders: Sequence[Order]) -> None:
+        tries.append(time.monotonic())
+        launcher.busy = len(tries) <= 4
+        submit(orders)
+
+    monkeypatch.setattr(campaign, "submit", counted)
+    campaign.run()
+    waits = [later_ - earlier for earlier, later_ in itertools.pairwise(tries[:5])]
+    assert waits == pytest.approx([5, 10, 20, 40], abs=1.5)
+    assert sum("job submit limit" in line and "trying again in" in line for line in said) == 4
+    assert RUN in campaign.outcomes
+    assert launcher.is_closed
+
+
+def test_a_budget_ends_the_search_before_it_is_exceeded(tmp_path: Path, listener: Listener) -> None:
+    space = SearchSpace(tp=(1, 2), pp=(1, 2), vpp=(1,), mbs=(1, 2), recompute=NONE)
+    plan = plan_of(tmp_path / "run", space=space, budget_gpu_hours=0.012, strategy="ranked", max_steps_per_run=8)
+    results = ResultsDirectory(plan.directory)
+    results.begin(plan.document(), resume=False)
+    campaign = campaign_of(plan, results, Scheduler(tmp_path), listener)
+    orders, why = campaign.next_orders()
+    # Some eight seconds of start and eight steps of 0.2 s on two ranks are 0.0053 GPU hours a run.
+    assert len(orders) == 2
+    assert why == "another run would exceed --budget-gpu-hours 0.012"
+    campaign.submit(orders)
+    assert campaign.next_orders() == ([], why)
+
+
+def test_the_time_for_a_search_ends_it_and_leaves_the_rest_to_who_resumes(
+    campaign: Campaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    object.__setattr__(campaign.plan.request, "max_hours", 0.05)
+    campaign.collect()
+    later(monkeypatch, 181)
+    why = campaign.run()
+    assert why == "--max-hours 0.05 are over; --resume goes on"
+    assert scheduler(campaign).cancelled == ["7"]
+    assert not campaign.outcomes
+
+
+def test_a_clock_that_jumps_changes_nothing(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = itertools.cycle([0.0, 4e9, 86400.0, 1.7e9])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    for _ in range(5):
+        campaign.collect()
+    assert not scheduler(campaign).cancelled
+    scheduler(campaign).answer = JobStatus(state=JobState.ENDED)
+    path = campaign.results.run_directory(RUN) / "measurement.json"
+    files.write_text(path, files.json_text(samples.measurement()))
+    campaign.collect()
+    assert 0 <= campaign.outcomes[RUN].ran_s < 60
+
+
+def test_those_who_watch_see_each_run(campaign: Campaign) -> None:
+    (line,) = campaign.snapshot().lines
+    assert (line.run, line.state.value, line.detail) == (RUN, "queued", "submitting")
+    (campaign.results.run_directory(RUN) / "progress.json").write_text('{"step": 3, "of": 8, "tokens_per_s": 100.0}')
+    (line,) = campaign.snapshot().lines
+    assert (line.state.value, line.step, line.of, line.tokens_per_s) == ("running", 3, 8, 100.0)

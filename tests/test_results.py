@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from hptool import files
-from hptool.errors import InputError
-from hptool.measurement import Failure, FailureKind, Measurement
-from hptool.results import OutcomeRecord, Progress, ResultsDirectory, Submission
+from hptool.errors import InputError, LaunchError
+from hptool.measurement import Failure, FailureKind
+from hptool.results import Progress, ResultsDirectory, Status
 from tests import samples
 
 PLAN = {"search": {"model": "gpt3/tiny", "space": {"tp": [1, 2]}}, "limit_search_runs": 4}
@@ -22,7 +22,7 @@ def results(tmp_path: Path) -> ResultsDirectory:
 
 def test_a_second_search_is_refused_unless_it_resumes(results: ResultsDirectory) -> None:
     results.begin(PLAN, resume=False)  # only planned so far: nothing to lose
-    results.record_submission(Submission(name="a", job_id="1"))
+    results.record_submission(samples.submission("a", job_id="1"))
     with pytest.raises(InputError, match="--resume"):
         results.begin(PLAN, resume=False)
     results.begin(PLAN, resume=True)
@@ -50,42 +50,37 @@ def test_resume_starts_where_there_is_nothing(tmp_path: Path) -> None:
 
 def test_outcomes_come_back_as_they_were(results: ResultsDirectory) -> None:
     for name, outcome in (("a", samples.measurement()), ("b", samples.failure())):
-        results.record_outcome(
-            OutcomeRecord(
-                name=name,
-                job_id="7",
-                measurement=outcome if isinstance(outcome, Measurement) else None,
-                failure=outcome if isinstance(outcome, Failure) else None,
-            )
-        )
+        results.record_outcome(samples.record(name, outcome))
     found = results.outcomes()
     assert found["a"].measurement == samples.measurement()
     assert found["b"].failure == samples.failure()
 
 
-def test_the_first_outcome_of_a_layout_stands(results: ResultsDirectory) -> None:
-    results.record_outcome(OutcomeRecord(name="a", job_id="1", measurement=samples.measurement(0.5)))
-    results.record_outcome(OutcomeRecord(name="a", job_id="2", failure=samples.failure()))
+def test_the_first_outcome_of_a_run_stands(results: ResultsDirectory) -> None:
+    results.record_outcome(samples.record("a", samples.measurement(0.5), job_id="1"))
+    results.record_outcome(samples.record("a", samples.failure(), job_id="2"))
     assert results.outcomes()["a"].job_id == "1"
 
 
 @pytest.mark.parametrize("rubbish", ['{"name": "b", "job', "\x00\x00\x00", "[]", '{"name": "b"}'])
 def test_a_line_that_a_dying_process_left_costs_that_line_only(results: ResultsDirectory, rubbish: str) -> None:
-    results.record_outcome(OutcomeRecord(name="a", job_id="1", measurement=samples.measurement()))
+    results.record_outcome(samples.record("a", samples.measurement()))
     path = results.path / "outcomes.jsonl"
     path.write_text(path.read_text() + rubbish)
-    results.record_outcome(OutcomeRecord(name="c", job_id="3", failure=samples.failure()))
+    results.record_outcome(samples.record("c", samples.failure()))
     assert set(results.outcomes()) == {"a", "c"}
 
 
-def test_the_last_submission_of_a_layout_counts(results: ResultsDirectory) -> None:
-    for job_id in ("1", "2"):
-        results.record_submission(Submission(name="a", job_id=job_id))
-    assert results.submissions()["a"].job_id == "2"
+def test_a_submission_is_noted_before_its_job_has_an_id(results: ResultsDirectory) -> None:
+    results.record_submission(samples.submission("a"))
+    assert results.submissions()["a"].job_id is None
+    results.record_submission(samples.submission("a", job_id="2"))
+    results.record_submission(samples.submission("a", run="a.2", job_id="3"))
+    assert {run: s.job_id for run, s in results.submissions().items()} == {"a": "2", "a.2": "3"}
 
 
 def test_a_measurement_outweighs_a_failure(results: ResultsDirectory) -> None:
-    directory = results.prepare_run("a", "run: {}")
+    directory = results.run_directory(results.prepare_run("a", "run: {}"))
     assert results.read_outcome("a") is None
     files.write_text(directory / "failure-rank1.json", files.json_text(samples.failure()))
     assert results.read_outcome("a") == samples.failure()
@@ -94,7 +89,7 @@ def test_a_measurement_outweighs_a_failure(results: ResultsDirectory) -> None:
 
 
 def test_an_unreadable_measurement_is_a_failure_and_no_traceback(results: ResultsDirectory) -> None:
-    directory = results.prepare_run("a", "run: {}")
+    directory = results.run_directory(results.prepare_run("a", "run: {}"))
     (directory / "measurement.json").write_text('{"step_times_s": []}')
     found = results.read_outcome("a")
     assert isinstance(found, Failure)
@@ -103,18 +98,21 @@ def test_an_unreadable_measurement_is_a_failure_and_no_traceback(results: Result
 
 
 def test_a_new_try_never_sees_the_files_of_the_last(results: ResultsDirectory) -> None:
-    first = results.prepare_run("a", "try: 1")
-    files.write_text(first / "failure-rank0.json", files.json_text(samples.failure()))
-    results.prepare_run("a", "try: 2")
-    assert results.read_outcome("a") is None
-    assert (results.path / "runs" / "a.interrupted-1" / "failure-rank0.json").is_file()
+    assert results.prepare_run("a", "try: 1") == "a"
+    assert results.prepare_run("a", "try: 1") == "a"  # nothing was there but the config
+    files.write_text(results.run_directory("a") / "failure-rank0.json", files.json_text(samples.failure()))
+    assert results.prepare_run("a", "try: 2") == "a.2"
+    assert results.read_outcome("a.2") is None
+    assert results.read_outcome("a") == samples.failure()
+    (results.run_directory("a.2") / "logs").mkdir()
+    assert results.prepare_run("a", "try: 3") == "a.3"
 
 
 def test_progress_is_what_the_job_last_said(results: ResultsDirectory) -> None:
-    directory = results.prepare_run("a", "run: {}")
+    directory = results.run_directory(results.prepare_run("a", "run: {}"))
     assert results.read_progress("a") is None
     (directory / "progress.json").write_text('{"step": 3, "of": 20, "tokens_per_s": 1.5}')
-    assert results.read_progress("a") == Progress(step=3, of=20)
+    assert results.read_progress("a") == Progress(step=3, of=20, tokens_per_s=1.5)
     (directory / "progress.json").write_text('{"step": 4, "o')
     assert results.read_progress("a") is None
 
@@ -129,3 +127,27 @@ def test_candidates_are_written_whole_or_not_at_all(results: ResultsDirectory) -
     assert not results.candidates.exists()
     results.write_candidates([("a", "x"), ("b", "y")])
     assert sorted(p.name for p in results.candidates.iterdir()) == ["a.yaml", "b.yaml"]
+
+
+def test_the_status_is_what_was_said_last(results: ResultsDirectory) -> None:
+    assert results.read_status() is None
+    results.write_status(Status(doing="measuring", elapsed_s=1.5, states={"a": "running"}))
+    assert results.read_status() == Status(doing="measuring", elapsed_s=1.5, states={"a": "running"})
+    (results.path / "status.json").write_text('{"doing": "mea')
+    assert results.read_status() is None
+
+
+def test_looking_whether_it_is_held_keeps_nobody_out(results: ResultsDirectory) -> None:
+    other = ResultsDirectory(results.path)
+    assert results.is_held()
+    assert other.is_held()
+    results.close()
+    assert not other.is_held()
+    other.begin(PLAN, resume=True)
+    other.close()
+
+
+def test_a_record_that_cannot_be_written_is_one_clear_error(results: ResultsDirectory) -> None:
+    (results.path / "outcomes.jsonl").symlink_to("/dev/full")
+    with pytest.raises(LaunchError, match=r"outcomes.jsonl: cannot be written: No space left on device. Make room"):
+        results.record_outcome(samples.record("a", samples.failure()))

@@ -1,0 +1,204 @@
+"""The course of a search: short timings of what the strategy proposes, longer ones of the finalists, some at scale.
+
+Pure: what was timed so far decides what to run next, so a search that is resumed goes on the same way.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hptool.candidates import BoolColumn, IntColumn
+from hptool.strategy import Ending, Landscape, Outlook, Stop, Strategy, Trial, outlook
+
+#: Steps of the timings before the longest one. Ten layouts staged as 5, 20 and 50 steps cost half the steps of 50 each
+#: and find the same winner (replayed on published grids); eight leave four after a warm-up of half.
+SHORT_TIMINGS = (8, 20)
+
+#: A stage that saves less than this share of the next one is left out.
+_WORTH_A_STAGE = 0.6
+
+#: Layouts beside the leader that are timed longer at once: those whose interval overlaps with the leader's, the
+#: fastest first. More would cost a long timing each, for a difference that no user could see.
+_RIVALS = 3
+
+#: How often a run that ended through no fault of its layout is repeated.
+_REPEATS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """One run of a row of the landscape, ended or under way; `steps` steps on `nodes` nodes.
+
+    Where it was measured, `step_time_s` is the median within `low_s` and `high_s`, and `error` the relative standard
+    deviation behind that interval.
+    """
+
+    row: int
+    nodes: int
+    steps: int
+    ending: Ending
+    step_time_s: float = 0.0
+    low_s: float = 0.0
+    high_s: float = 0.0
+    error: float = 0.0
+    memory_gib: float | None = None
+    may_run_again: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """A run to start: which row, how many steps, on how many nodes, and why."""
+
+    row: int
+    steps: int
+    nodes: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Nothing to start before a run under way has ended."""
+
+
+def stages(max_steps: int) -> tuple[int, ...]:
+    """Steps of the timings of a layout, the longest last."""
+    return (*(s for s in SHORT_TIMINGS if s <= _WORTH_A_STAGE * max_steps), max_steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Course:
+    """What is known before the first run, and how far the search goes.
+
+    Row i is timed on `nodes[i]` nodes. `layouts` rows are timed at most, in `stages` of so many steps; then the best
+    `verify_top` of those that are `scalable` on `verify_nodes` nodes, where that is given.
+    """
+
+    landscape: Landscape
+    nodes: IntColumn
+    strategy: Strategy
+    layouts: int
+    stages: tuple[int, ...]
+    verify_nodes: int | None
+    verify_top: int
+    scalable: BoolColumn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Standing:
+    """What the timings come to: the longest of each measured row, those at scale, and the rows from the fastest.
+
+    Rows are ranked by what is expected of them on all nodes, those that were measured at scale before the others.
+    `equals` are the rows that the timings do not tell from the first.
+    """
+
+    outlook: Outlook
+    timings: Mapping[int, Timing]
+    at_scale: Mapping[int, Timing]
+    ranking: Sequence[int]
+    equals: Sequence[int]
+
+
+def standing(course: Course, timings: Sequence[Timing]) -> Standing:
+    """Where the search stands after these timings."""
+    known = _trials(course, timings)
+    view = outlook(course.landscape, known)
+    measured = {t.row for t in known if t.ending is Ending.MEASURED}
+    in_order = sorted((t for t in timings if t.ending is Ending.MEASURED and t.row in measured), key=lambda t: t.steps)
+    longest = {t.row: t for t in in_order if t.nodes == course.nodes[t.row]}
+    at_scale = {t.row: t for t in in_order if t.nodes == course.verify_nodes and t.steps == course.stages[-1]}
+
+    def step_time_s(row: int) -> float:
+        return at_scale[row].step_time_s if row in at_scale else float(view.step_time_s[row])
+
+    def interval_s(row: int) -> tuple[float, float]:
+        # What comes on top of a timing on fewer nodes is predicted, and no longer timing would tell it better.
+        timing = at_scale.get(row) or longest[row]
+        middle_s = step_time_s(row)
+        return middle_s - (timing.step_time_s - timing.low_s), middle_s + (timing.high_s - timing.step_time_s)
+
+    ranking = sorted(longest, key=lambda row: (row not in at_scale, step_time_s(row), row))
+    equals = []
+    if ranking:
+        _, high_s = interval_s(ranking[0])
+        rivals = at_scale if ranking[0] in at_scale else longest
+        equals = [row for row in ranking[1:] if row in rivals and interval_s(row)[0] <= high_s]
+    return Standing(outlook=view, timings=longest, at_scale=at_scale, ranking=ranking, equals=equals)
+
+
+def _trials(course: Course, timings: Sequence[Timing]) -> list[Trial]:
+    """One trial a row: its longest timing, or what became of it. Timings on more nodes teach nothing."""
+    found: dict[int, Timing] = {}
+    for timing in timings:
+        if timing.nodes != course.nodes[timing.row] or _is_void(timing, timings):
+            continue
+        # Failing when it is timed longer, a layout has failed; while that is under way, its short timing stands.
+        if timing.row not in found or timing.ending is not Ending.UNDER_WAY:
+            found[timing.row] = timing
+    return [
+        Trial(
+            row=t.row,
+            ending=t.ending,
+            step_time_s=t.step_time_s if t.ending is Ending.MEASURED else None,
+            step_time_error=t.error,
+            memory_gib=t.memory_gib,
+        )
+        for t in found.values()
+    ]
+
+
+def _is_void(timing: Timing, timings: Sequence[Timing]) -> bool:
+    """The run says nothing about its layout, which has not had its last try."""
+    if not timing.may_run_again:
+        return False
+    alike = [t for t in timings if t.may_run_again and (t.row, t.nodes) == (timing.row, timing.nodes)]
+    return len(alike) <= _REPEATS
+
+
+def next_order(course: Course, timings: Sequence[Timing]) -> Order | Wait | Stop:
+    """What to run after these timings."""
+    known = _trials(course, timings)
+    if len(known) < course.layouts:
+        proposal = course.strategy.next(known)
+        if not isinstance(proposal, Stop):
+            nodes = int(course.nodes[proposal.row])
+            return Order(row=proposal.row, steps=course.stages[0], nodes=nodes, why=proposal.why)
+        why = proposal.why
+    else:
+        why = f"{course.layouts} layouts were run, which is the limit"
+    under_way = {t.row for t in timings if t.ending is Ending.UNDER_WAY}
+    # A first timing that is under way may still change who the finalists are.
+    order = None
+    if not any(t.ending is Ending.UNDER_WAY for t in known):
+        order = _longer(course, timings, under_way)
+    if order is None and not under_way:
+        order = _at_scale(course, timings)
+    if order is not None:
+        return order
+    return Wait() if under_way else Stop(why=why)
+
+
+def _longer(course: Course, timings: Sequence[Timing], under_way: set[int]) -> Order | None:
+    """A longer timing of a finalist: of those that the timings do not tell from the leader, and of the leader."""
+    now = standing(replace(course, verify_nodes=None), timings)
+    rivals = now.equals[:_RIVALS]
+    for row in [*now.ranking[:1], *rivals]:
+        longer = [s for s in course.stages if s > now.timings[row].steps]
+        if row in under_way or not longer:
+            continue
+        nodes = int(course.nodes[row])
+        if rivals:
+            return Order(row=row, steps=longer[0], nodes=nodes, why="not told apart from others by its short timing")
+        return Order(row=row, steps=longer[-1], nodes=nodes, why="the fastest so far, timed longer")
+    return None
+
+
+def _at_scale(course: Course, timings: Sequence[Timing]) -> Order | None:
+    """A run on `verify_nodes` of one of the best rows that has had none."""
+    if course.verify_nodes is None:
+        return None
+    small = standing(replace(course, verify_nodes=None), timings)
+    for row in [row for row in small.ranking if course.scalable[row]][: course.verify_top]:
+        there = [t for t in timings if (t.row, t.nodes, t.steps) == (row, course.verify_nodes, course.stages[-1])]
+        if all(_is_void(t, there) for t in there):
+            why = f"among the best {course.verify_top}, at scale"
+            return Order(row=row, steps=course.stages[-1], nodes=course.verify_nodes, why=why)
+    return None
