@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint
 .PHONY: demo test browser lint format slurm-up slurm-down clean
 
 demo: $(VENV)/.worker
-	@echo "make demo: measuring 6 layouts of a tiny GPT-3 on two processes; 1 to 2 minutes"
+	@echo "make demo: finding the fastest of 6 layouts of a tiny GPT-3 on two processes; about a minute"
 	$(BIN)/hptool search-train --model gpt3/tiny --cluster local --results $(DEMO_RESULTS) --resume \
 	  --tp 1,2 --pp 1,2 --vpp 1 --cp 1 --mbs 1,2 --recompute none \
 	  --limit-search-runs 6 --max-steps-per-run 20 --max-minutes-per-run 2

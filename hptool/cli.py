@@ -95,7 +95,14 @@ Examples:
     type=int,
     default=50,
     show_default=True,
-    help="Steps of the longest timing, warm-up included; first timings take 8, closer ones 20.",
+    help="Steps of the longest timing, warm-up included.",
+)
+@click.option(
+    "--stages",
+    type=_Integers(),
+    default="auto",
+    show_default=True,
+    help="Steps of the timings of a layout: short for many, long for finalists. auto is 8, 20 and --max-steps-per-run.",
 )
 @click.option("--verify-nodes", type=int, metavar="N", help="Run the best layouts on N nodes at the end.")
 @click.option("--verify-top", type=int, default=2, show_default=True, help="How many of them.")
@@ -467,24 +474,28 @@ def train_command(as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click
 @click.option("--grid", "grid_id", metavar="ID", help="Play this grid only.")
 @click.option(
     "--strategy",
-    type=click.Choice(["ranked", "random", "grid", "naive"]),
+    type=click.Choice(["adaptive", "ranked", "optuna", "random", "grid", "naive"]),
     default="ranked",
     show_default=True,
-    help="Order of the runs: by prediction, by chance, nested loops, or least model parallelism first.",
+    help="Which runs: what promises most after each run, by prediction, Optuna's TPE, by chance, nested loops, or "
+    "least model parallelism first.",
 )
 @click.option(
     "--primary/--all", "primary_only", default=False, show_default=True, help="Grids whose grid_use is primary, or all."
 )
 @click.option("--max-tp", type=click.IntRange(min=1), help="Leave out rows of more tensor parallelism.")
 @click.option("--max-nodes", type=click.IntRange(min=1), help="Leave out rows of more nodes.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random strategy.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the strategies random and optuna."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Show every grid.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def replay_command(results: Path, verbose: bool, as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
     """Play a search against recorded results.
 
-    Rows of the CSV with the same grid_id are recorded runs of one model on one cluster. A strategy orders them; each
-    try costs one run, a failed one too. Says how many runs it takes until a layout within 2 % of the best was tried.
+    Rows of the CSV with the same grid_id are recorded runs of one model on one cluster. A strategy says which to run;
+    each try costs one run, a failed one too. Says how many runs it takes until a layout within 2 % of the best was
+    tried, and where the strategy stops by itself, after how many runs and how good the best of them is.
     """
     try:
         # Here and not above, because pandas takes a second that --help should not cost.

@@ -1,6 +1,7 @@
 """What a request comes to: everything read, checked, enumerated and predicted. Writes nothing."""
 
 import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -40,6 +41,7 @@ class SearchRequest:
     max_hours: float | None = None
     max_minutes_per_run: float = 20.0
     max_steps_per_run: int = 50
+    stages: tuple[int, ...] | None = None
     verify_nodes: int | None = None
     verify_top: int = 2
     submit: str | None = None
@@ -80,7 +82,7 @@ class Plan:
             nodes=nodes,
             strategy=strategy.make(request.strategy, landscape),
             layouts=request.limit_search_runs,
-            stages=stages(request.max_steps_per_run),
+            stages=request.stages or stages(request.max_steps_per_run),
             verify_nodes=request.verify_nodes,
             verify_top=request.verify_top,
             scalable=np.asarray((request.verify_nodes or 0) % fewest == 0),
@@ -103,6 +105,7 @@ class Plan:
                 "framework": self.framework.name,
                 "space": dataclasses.asdict(request.space),
                 "max_steps_per_run": asked.pop("max_steps_per_run"),
+                "stages": asked.pop("stages"),
                 "max_minutes_per_run": asked.pop("max_minutes_per_run"),
             },
             "asked": asked,
@@ -161,7 +164,7 @@ def read_plan(directory: Path) -> Plan:
         cluster = files.parse(facts, Cluster, f"{path}: search.cluster")
         config = files.parse(search["config"], BaseConfig, f"{path}: search.config")
         space = files.parse_json(json.dumps(search["space"]), SearchSpace, f"{path}: search.space")
-        limits = {name: search[name] for name in ("max_steps_per_run", "max_minutes_per_run")}
+        limits = {name: search[name] for name in ("max_steps_per_run", "max_minutes_per_run", "stages")}
         text = json.dumps({"model": search["model"], **asked, **limits})
         request: SearchRequest = files.parse_json(text, SearchRequest, f"{path}: asked")
         framework = files.read_framework(search["framework"])
@@ -204,6 +207,9 @@ def _check_numbers(request: SearchRequest) -> None:
             problems.append(f"--{name.replace('_', '-')}: {value} given, allowed is more than 0")
     if request.max_steps_per_run < 2:  # noqa: PLR2004 (one to warm up, one to time)
         problems.append(f"--max-steps-per-run: {request.max_steps_per_run} given, allowed is 2 or more")
+    steps = request.stages or (2,)
+    if steps[0] < 2 or any(b <= a for a, b in itertools.pairwise(steps)):  # noqa: PLR2004 (as above)
+        problems.append(f"--stages: {','.join(map(str, steps))} given, allowed are rising numbers from 2 on")
     if request.strategy not in STRATEGIES:
         hint = files.nearest(request.strategy, list(STRATEGIES))
         problems.append(f"--strategy: {request.strategy!r} given; {hint}")

@@ -126,7 +126,7 @@ def _write_plan(plan: Plan, course: Course, results: ResultsDirectory, screen: S
                 plan.config,
                 layout,
                 nodes=order.nodes,
-                steps=plan.request.max_steps_per_run,
+                steps=course.stages[-1],
                 max_minutes=plan.request.max_minutes_per_run,
             )
             files.write_text(folder / "config.yaml", files.yaml_text(timed.document()))

@@ -11,7 +11,10 @@ from typing import Any
 
 from tests.conftest import ROOT
 
-TINY = ("--model", "gpt3/tiny", "--max-steps-per-run", "6", "--vpp", "1", "--recompute", "none")
+#: All layouts that a test names are run, each once.
+TINY = (
+    "--model", "gpt3/tiny", "--max-steps-per-run", "6", "--vpp", "1", "--recompute", "none", "--strategy", "ranked",
+)  # fmt: skip
 
 
 def start(results: Path, *words: str, cluster: str = "local") -> subprocess.Popen[str]:

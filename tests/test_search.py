@@ -15,9 +15,7 @@ import yaml
 
 from hptool import files
 from hptool.base_config import BaseConfig
-from hptool.candidates import Layout
-from hptool.plan import SearchRequest, run_config
-from tests.conftest import ROOT, preset_config
+from tests.conftest import ROOT
 from tests.searches import finish, outcome_lines, processes_of, start, wait_for
 
 
@@ -28,7 +26,7 @@ def results(tmp_path: Path) -> Iterator[Path]:
     assert processes_of(path) == [], "a search left processes behind"
 
 
-def test_the_demo_measures_six_layouts_and_ends_with_the_winner(tmp_path: Path) -> None:
+def test_the_demo_ends_with_the_winner_and_measures_nothing_twice(tmp_path: Path) -> None:
     done = subprocess.run(
         ["make", "demo", f"DEMO_RESULTS={tmp_path / 'demo'}"],
         cwd=ROOT,
@@ -41,11 +39,15 @@ def test_the_demo_measures_six_layouts_and_ends_with_the_winner(tmp_path: Path) 
     table = pd.read_csv(tmp_path / "demo" / "report.csv")
     assert (table.outcome == "measured").all()
     cuts = set(zip(table.tp, table.pp, table.dp, table.mbs, strict=True))
-    assert cuts == {(2, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 2, 1, 2), (1, 1, 2, 1), (1, 1, 2, 2)}
+    assert cuts <= {(2, 1, 1, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 2, 1, 2), (1, 1, 2, 1), (1, 1, 2, 2)}
     rates = list(table.model_tflops_per_gpu)
     assert rates == sorted(rates, reverse=True)
     # On two cores, exchanging every activation costs more than exchanging none.
-    assert table.tp.iloc[-1] == 2
+    assert table.tp.iloc[0] == 1
+    # The winner was timed for as long as the demo allows, after a short timing of everything.
+    lines = outcome_lines(tmp_path / "demo")
+    assert {line["steps"] for line in lines} == {8, 20}
+    assert max(line["steps"] for line in lines if line["name"] == table.name.iloc[0]) == 20
     winner = re.search(r"winner: (\S+)", done.stdout)
     assert winner is not None
     assert winner[1] == table.name.iloc[0]
@@ -61,7 +63,7 @@ def test_the_demo_measures_six_layouts_and_ends_with_the_winner(tmp_path: Path) 
     )
     assert again.returncode == 0
     assert "job " not in again.stderr  # nothing is measured twice
-    assert len(outcome_lines(tmp_path / "demo")) == 6
+    assert outcome_lines(tmp_path / "demo") == lines
 
 
 def test_the_winner_trains_with_the_command_that_the_report_names(results: Path, tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_run_over_its_minutes_is_a_timeout_and_leaves_nothing(results: Path) -
     out, err = finish(
         start(
             results, "--json", "--tp", "1", "--pp", "1", "--mbs", "1", "--max-minutes-per-run", "0.25",
-            "--max-steps-per-run", "100000",
+            "--stages", "100000",
         )
     )  # fmt: skip
     answer = json.loads(out)
@@ -158,7 +160,7 @@ def test_a_killed_search_takes_its_job_along_and_resumes(results: Path) -> None:
 
 
 def test_a_killed_job_is_seen_within_seconds(results: Path) -> None:
-    process = start(results, "--tp", "1", "--pp", "1", "--mbs", "1", "--max-steps-per-run", "100000", "--json")
+    process = start(results, "--tp", "1", "--pp", "1", "--mbs", "1", "--stages", "100000", "--json")
     log = results / "runs" / "tp1-pp1-vpp1-cp1-mbs1-none" / "logs" / "rank-1.log"
     wait_for(log.exists)
     time.sleep(3)
@@ -168,22 +170,3 @@ def test_a_killed_job_is_seen_within_seconds(results: Path) -> None:
             break
     out, _ = finish(process, timeout_s=60)
     assert json.loads(out)["runs"][0]["outcome"] in {"crash", "lost"}
-
-
-def test_a_run_takes_the_fewest_nodes_and_each_replica_its_real_work() -> None:
-    config = preset_config("5b", files.read_cluster("dgx-a100"), 16)
-    for layout, nodes, replicas in (
-        (Layout(tp=8), 1, 1),
-        (Layout(tp=2), 1, 4),
-        (Layout(tp=8, pp=2), 2, 1),
-        (Layout(tp=4, pp=3), 3, 2),
-    ):
-        if config.gpus % layout.gpus_per_replica:
-            continue
-        full = config.with_layout(layout)
-        run = run_config(config, layout, SearchRequest(model="gpt3/5b", cluster="dgx-a100", max_steps_per_run=50))
-        assert run.trainer.num_nodes == nodes
-        assert run.dp == replicas
-        assert run.num_microbatches == full.num_microbatches
-        assert run.model.global_batch_size * full.dp == full.model.global_batch_size * run.dp
-        assert run.trainer.max_steps == 50

@@ -18,7 +18,7 @@ from tests.slurm.conftest import DevSlurm, connect, run_script
 pytestmark = pytest.mark.slurm
 
 #: A run of a layout that takes longer than any test.
-ENDLESS = ("--max-steps-per-run", "1000000", "--tp", "1", "--pp", "1", "--mbs", "1", "--nodes", "1")
+ENDLESS = ("--stages", "1000000", "--tp", "1", "--pp", "1", "--mbs", "1", "--nodes", "1")
 
 
 def queue() -> list[str]:
@@ -89,7 +89,7 @@ def test_memory_and_minutes_are_real_limits(results: Path, tmp_path: Path) -> No
     longer = [f"model.{key}=1024" for key in ("encoder_seq_length", "data.seq_length", "max_position_embeddings")]
     process = start(
         results, "--json", "--nodes", "1", "--tp", "1", "--pp", "2", "--mbs", "1,8", "--max-minutes-per-run", "0.4",
-        "--max-steps-per-run", "100000", "model.num_layers=2", "model.use_flash_attention=false", *longer,
+        "--stages", "100000", "model.num_layers=2", "model.use_flash_attention=false", *longer,
         cluster=str(tmp_path / "small.yaml"),
     )  # fmt: skip
     out, err = finish(process)

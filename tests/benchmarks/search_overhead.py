@@ -1,0 +1,47 @@
+"""What a search costs besides its training steps: the share of its time that is hptool's own.
+
+    python -m tests.benchmarks.search_overhead
+
+Ten layouts of the tiny GPT-3 on this machine, 50 steps each, from the start of the command to its end. Left out are
+importing (of the command, and of torch and Megatron-core in the job) and the training steps by their own clock; what is
+left is hptool's: planning, predicting, forking ranks, joining them, building the models, writing, waiting, reporting.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LAYOUTS = 10
+SEARCH = (
+    "search-train", "--model", "gpt3/tiny", "--cluster", "local", "--strategy", "ranked", "--stages", "50",
+    "--limit-search-runs", str(LAYOUTS),
+)  # fmt: skip
+_STEP_S = re.compile(r"^step .*, ([0-9.]+) s$", re.MULTILINE)
+
+
+def seconds(*words: str) -> float:
+    """How long Python takes for it."""
+    before = time.perf_counter()
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    return time.perf_counter() - before
+
+
+def main() -> None:
+    """Print the share."""
+    imports_s = seconds("-c", "import hptool.search")
+    imports_s += seconds("-c", "import submitit; from hptool.worker.supervisor import *; load_framework('cpu')")
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "run"
+        whole_s = seconds("-m", "hptool", *SEARCH, "--results", str(results))
+        logs = list(results.glob("runs/*/logs/rank-0.log"))
+        steps_s = sum(float(found) for log in logs for found in _STEP_S.findall(log.read_text()))
+    own_s = whole_s - imports_s - steps_s
+    print(f"{len(logs)} layouts in {whole_s:.1f} s: {steps_s:.1f} s of steps, {imports_s:.1f} s of imports")
+    print(f"hptool's own: {own_s:.1f} s, {own_s / whole_s:.1%} of the search, {own_s / len(logs):.2f} s a layout")
+
+
+if __name__ == "__main__":
+    main()
