@@ -2,9 +2,12 @@
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from hptool.secrets import is_secret
 
 #: What GEMMs compute in. The worker trains in fp32 and bf16; published runs used the others too.
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]
@@ -95,32 +98,115 @@ class GpuSpec:
             raise ValueError(msg)
 
 
+#: Options of sbatch that decide how hptool finds its jobs and their output again, and how many tasks they have.
+_NOT_EXTRA = frozenset(
+    "array error nodes ntasks ntasks-per-node open-mode output parsable test-only time wait".split()  # noqa: SIM905
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmOptions:
-    """What this site's `sbatch` wants. Every field is optional; none is guessed."""
+    """What this site's `sbatch` and `srun` want. Every field is optional; none is guessed.
+
+    `partition`, `account`, `qos`, `constraint` and `exclusive` are the options of these names. `gpu_request` is how
+    the GPUs of a node are asked for, with `gpu_type` where the site wants the type: `gpus-per-node: h100:8`,
+    `gres: gpu:h100:8`, or not at all (`none`), where whole nodes come with their GPUs or `extra_options` holds a `gres`
+    of its own. `cpus_per_gpu` are asked for beside them, and `mem_gib_per_node`, where 0 is all memory of the node;
+    without it the site's default holds. `array_parallelism` is how many jobs of an array run at once. `extra_options`
+    are further options of sbatch, by their long names without dashes: `reservation`, `nodelist`, `exclude`, `nice`;
+    true is one without a value.
+
+    `container_image`, `container_mounts` (`SOURCE:TARGET` or `SOURCE:TARGET:FLAGS`) and `container_workdir` go to srun
+    as pyxis' options. The results directory must be mounted under its own name. `python` is the command that runs
+    Python on a node or in the container, hptool installed; without it, the Python that runs hptool here.
+
+    The batch script runs the shell lines of `setup`, loads `modules`, sets the profile's environment, and runs the
+    lines of `prolog`; then comes srun, and then `epilog`, unless the job was killed. `signal` is when Slurm signals
+    what (`TERM@60`: the ranks, 60 s before the time limit). With `requeue` Slurm may run a job again by itself, after
+    a node failed or a more urgent job took its place.
+
+    `job_overhead_s` is what a job costs before its first step: the site's node preparation (checks of health take
+    tens of seconds on GPU nodes), starting a container, and importing torch and Megatron-core from a shared file
+    system (20 s and more); it decides whether runs share a job. Slurm is asked for the state of the jobs every
+    `poll_s` seconds at most, whatever their number, for its controller serves the whole site.
+    """
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     exclusive: bool = False
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    gpu_type: str | None = None
     mem_gib_per_node: int | None = None
     cpus_per_gpu: int = 1
     array_parallelism: int = 8
+    container_image: str | None = None
+    container_mounts: tuple[str, ...] = ()
+    container_workdir: str | None = None
+    python: str | None = None
+    modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
+    prolog: tuple[str, ...] = ()
+    epilog: tuple[str, ...] = ()
+    signal: str | None = None
+    requeue: bool = False
     extra_options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    job_overhead_s: float = 60.0
+    poll_s: float = 10.0
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_words()
         for name in self.extra_options:
             if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
                 msg = f"extra_options: {name!r} given, allowed are sbatch's long options without their dashes"
                 raise ValueError(msg)
+            if name in _NOT_EXTRA:
+                msg = f"extra_options: {name!r} given, allowed is any option but {', '.join(sorted(_NOT_EXTRA))}"
+                raise ValueError(msg)
+        if self.container_image is None and (self.container_mounts or self.container_workdir):
+            msg = "container_mounts, container_workdir: given, allowed with a container_image"
+            raise ValueError(msg)
+
+    def _check_numbers(self) -> None:
+        fewest = {"mem_gib_per_node": 0, "cpus_per_gpu": 1, "array_parallelism": 1, "job_overhead_s": 0}
+        for name, least in fewest.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                msg = f"{name}: {value} given, allowed is {least} or more"
+                raise ValueError(msg)
+        if not 0 < self.poll_s < math.inf:
+            msg = f"poll_s: {self.poll_s} given, allowed is more than 0"
+            raise ValueError(msg)
+
+    def _check_words(self) -> None:
         # A line break would end the #SBATCH comment, and the rest would be run as a command.
-        words = {name: getattr(self, name) for name in ("partition", "account", "qos", "constraint")}
-        for name, value in {**words, **self.extra_options}.items():
-            if isinstance(value, str) and not value.isprintable():
+        names = ("partition", "account", "qos", "constraint", "container_image", "container_workdir", "python")
+        words = [(name, getattr(self, name)) for name in names]
+        words += [("modules", word) for word in self.modules]
+        words += [("container_mounts", word) for word in self.container_mounts]
+        for name, value in [*words, *self.extra_options.items()]:
+            if isinstance(value, str) and not (value and value.isprintable()):
                 msg = f"{name}: {value!r} given, allowed is one line of printable text"
                 raise ValueError(msg)
+        patterns = {
+            "gpu_type": (self.gpu_type, r"[A-Za-z0-9_.-]+", "letters, digits and _.-"),
+            "signal": (self.signal, r"([BR]+:)?[A-Z0-9]+(@[0-9]+)?", "as sbatch reads it: TERM@60, B:USR1@120"),
+        }
+        for name, (value, pattern, allowed) in patterns.items():
+            if value is not None and not re.fullmatch(pattern, value):
+                msg = f"{name}: {value!r} given, allowed is {allowed}"
+                raise ValueError(msg)
+        for mount in self.container_mounts:
+            if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
+                msg = f"container_mounts: {mount!r} given, allowed is SOURCE:TARGET or SOURCE:TARGET:FLAGS"
+                raise ValueError(msg)
+        try:
+            shlex.split(self.python or "")
+        except ValueError as error:
+            msg = f"python: {self.python!r} given, allowed is a command as typed in a shell ({error})"
+            raise ValueError(msg) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +233,14 @@ class Cluster:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 msg = f"environment: {name!r} given, allowed are names of letters, digits and _"
                 raise ValueError(msg)
+        secrets = [name for name in self.environment if is_secret(name)]
+        export = str(self.slurm.extra_options.get("export", "ALL"))
+        if secrets and export.partition(",")[0] != "ALL":
+            msg = (
+                f"slurm.extra_options.export: {export!r} given, allowed is ALL: {', '.join(secrets)} would not reach "
+                "the jobs, for no secret of the environment is written into a script"
+            )
+            raise ValueError(msg)
         if self.scheduler == "local" and self.nodes != 1:
             msg = f"nodes: {self.nodes} given, allowed is 1 with scheduler: local"
             raise ValueError(msg)

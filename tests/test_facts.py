@@ -1,9 +1,14 @@
 """Facts: parameter counts against published ones, and every shipped file."""
 
+from dataclasses import fields, replace
+from pathlib import Path
+
 import pytest
+import yaml
 
 from hptool import files
-from hptool.facts import GpuSpec, ModelShape
+from hptool.errors import InputError
+from hptool.facts import Cluster, GpuSpec, ModelShape, SlurmOptions
 
 GPUS = sorted(p.stem for p in (files.data_directory("cluster") / "gpus").glob("*.yaml"))
 PROFILES = sorted(p.stem for p in files.data_directory("cluster").glob("*.yaml"))
@@ -74,6 +79,71 @@ def test_no_name_means_two_gpus() -> None:
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_reads_under_its_own_name(name: str) -> None:
     assert files.read_cluster(name).name == name
+
+
+def test_every_option_of_slurm_is_documented() -> None:
+    text = SlurmOptions.__doc__ or ""
+    assert [option.name for option in fields(SlurmOptions) if f"`{option.name}`" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"partition": "a\n#SBATCH --uid=0"}, "partition: .* allowed is one line of printable text"),
+        ({"modules": ("cuda\n",)}, "modules: .* allowed is one line"),
+        ({"python": ""}, "python: '' given, allowed is one line"),
+        ({"python": "'python"}, "python: .* allowed is a command as typed in a shell"),
+        ({"gpu_type": "a100:8"}, "gpu_type: 'a100:8' given, allowed is letters, digits"),
+        ({"signal": "TERM 60"}, "signal: 'TERM 60' given, allowed is as sbatch reads it"),
+        ({"mem_gib_per_node": -1}, "mem_gib_per_node: -1 given, allowed is 0 or more"),
+        ({"cpus_per_gpu": 0}, "cpus_per_gpu: 0 given, allowed is 1 or more"),
+        ({"array_parallelism": 0}, "array_parallelism: 0 given, allowed is 1 or more"),
+        ({"job_overhead_s": float("nan")}, "job_overhead_s: nan given, allowed is 0 or more"),
+        ({"poll_s": 0.0}, "poll_s: 0.0 given, allowed is more than 0"),
+        ({"container_mounts": ("/a:/a",)}, "container_mounts, .* allowed with a container_image"),
+        (
+            {"container_image": "x", "container_mounts": ("/a",)},
+            "container_mounts: '/a' given, allowed is SOURCE:TARGET",
+        ),
+        (
+            {"container_image": "x", "container_mounts": ("/a:/a,/b:/b",)},
+            "container_mounts: .* allowed is SOURCE:TARGET",
+        ),
+        ({"extra_options": {"Nice": 1}}, "extra_options: 'Nice' given, allowed are sbatch's long options"),
+        ({"extra_options": {"output": "x"}}, "extra_options: 'output' given, allowed is any option but array, error"),
+        ({"extra_options": {"comment": "a\nb"}}, "comment: .* allowed is one line of printable text"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SlurmOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_secret_needs_a_way_to_the_job(dgx_a100: Cluster) -> None:
+    closed = replace(dgx_a100, slurm=SlurmOptions(extra_options={"export": "NONE"}), environment={"NCCL_DEBUG": "INFO"})
+    with pytest.raises(ValueError, match="export: 'NONE' given, allowed is ALL: HF_TOKEN would not reach the jobs"):
+        replace(closed, environment={"HF_TOKEN": "hush-hush"})
+
+
+def test_a_profile_says_what_a_site_wants(tmp_path: Path) -> None:
+    profile = yaml.safe_load((files.data_directory("cluster") / "dgx-h100.yaml").read_text())
+    profile["slurm"] = {
+        "gpu_request": "gres",
+        "gpu_type": "h100",
+        "container_image": "/images/nemo.sqsh",
+        "container_mounts": ["/shared:/shared"],
+        "modules": ["nccl"],
+        "epilog": ["true"],
+        "requeue": True,
+        "job_overhead_s": 120,
+        "poll_s": 30,
+    }
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    assert files.read_cluster(str(path)).slurm.container_mounts == ("/shared:/shared",)
+    path.write_text(yaml.safe_dump(profile | {"slurm": {"gpu_request": "maybe", "poll_s": 0}}))
+    with pytest.raises(InputError, match=r"gpu_request: .*'maybe' given"):
+        files.read_cluster(str(path))
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,15 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """A job's state, the scheduler's own words, and the kind of failure they mean if no outcome file is found."""
+    """A job's state, the scheduler's own words, and the kind of failure they mean if no outcome file is found.
+
+    `may_run_again`: the scheduler took the job away or lost it, so that the same run may well succeed as another job.
+    """
 
     state: JobState
     detail: str = ""
     meaning: FailureKind = FailureKind.CRASH
+    may_run_again: bool = False
 
 
 #: Told of a run and the id of its job.
