@@ -1,23 +1,28 @@
 """What a search will cost before its first job, what it has cost, and what a full grid would. Pure."""
 
+import heapq
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hptool.candidates import IntColumn
-from hptool.course import Course
-from hptool.facts import Cluster
+from hptool.course import RIVALS, Course
+from hptool.facts import Cluster, Submit
 from hptool.predict.parts import Column
-from hptool.strategy import InOrder
-from hptool.units import SECONDS_PER_HOUR
+from hptool.strategy import Adaptive, InOrder
+from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
 
 #: A local run imports torch and megatron-core and forks its ranks: 5 to 12 seconds on a few cores.
 LOCAL_OVERHEAD_S = 8.0
 
 #: What a run costs besides its steps inside an allocation that is there: a fork, a process group, the model's weights.
 _NEXT_RUN_S = 3.0
+
+#: For how long an allocation on Slurm that is kept for the next run waits for one, its GPUs idle (`launch.packed`).
+_KEPT_S = 120.0
 
 #: Allocations are kept for the next run only where that saves this share of the GPU hours, because runs in one
 #: allocation wait for each other.
@@ -27,6 +32,9 @@ _WORTH_PACKING = 0.1
 #: timed twice.
 _USUAL_LAYOUTS = 4
 
+#: Layouts that are usually timed longer: the leader and one that its short timing does not tell from it.
+_USUAL_FINALISTS = 2
+
 #: Runs at once where each of them teaches the search something about the next.
 _USUAL_PARALLEL = 3
 
@@ -35,7 +43,7 @@ _USUAL_PARALLEL = 3
 class Dispatch:
     """How runs get onto nodes: the way of submission, how many at once (None: the launcher knows), the start's cost."""
 
-    submit: str
+    submit: Submit
     parallel: int | None
     overhead_s: float
 
@@ -52,11 +60,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a search may cost, by predicted step times.
+    """What a search may cost, by predicted step times and without repeats, queueing or what was found before.
 
-    `layouts` first timings at most; `gpu_hours` and `wall_s` with the longer timings of finalists and the runs at
-    scale, without queueing. `usual_gpu_hours` is where the search stops by itself. `grid_gpu_hours` is what timing
-    each of the `grid_layouts` in full would cost.
+    `layouts` first timings at most; `gpu_hours` and `wall_s` with as many longer timings as finalists may take, and the
+    runs at scale. `usual_gpu_hours` is where the search usually ends. `grid_gpu_hours` is what timing each of the
+    `grid_layouts` in full would cost.
     """
 
     layouts: int
@@ -80,52 +88,91 @@ def run_s(course: Course, row: int, steps: int, nodes: int, overhead_s: float) -
     return overhead_s + steps * step_time_s(course, row, nodes)
 
 
+#: A run that may come: its row, its steps and its nodes.
+_Run = tuple[int, int, int]
+
+
+def _phases(course: Course, first: Sequence[int], finalists: int) -> list[list[_Run]]:
+    """The runs of a search that times the rows `first` and so many of them longer; each phase waits for the last."""
+    chosen = [first, *([first[:finalists]] * (len(course.stages) - 1))]
+    phases = [
+        [(row, steps, int(course.nodes[row])) for row in rows]
+        for rows, steps in zip(chosen, course.stages, strict=True)
+    ]
+    if course.verify_nodes is not None:
+        best = [row for row in first if course.scalable[row]][: course.verify_top]
+        phases.append([(row, course.stages[-1], course.verify_nodes) for row in best])
+    return phases
+
+
+def _kept_node_s(runs: Iterable[tuple[float, int]], overhead_s: float, idle_s: float) -> tuple[float, float]:
+    """Seconds times nodes, and seconds, of (seconds, nodes) one after the other in allocations that are kept.
+
+    There is one allocation for each number of nodes, which waits `idle_s` for its next run and ends with the last.
+    """
+    now_s = node_s = 0.0
+    ended_s: dict[int, float] = {}
+    for own_s, nodes in runs:
+        waited_s = now_s - ended_s[nodes] if nodes in ended_s else math.inf
+        held_s = own_s + (min(_NEXT_RUN_S, overhead_s) if waited_s < idle_s else overhead_s)
+        node_s += nodes * (held_s + (min(waited_s, idle_s) if nodes in ended_s else 0.0))
+        now_s += held_s
+        ended_s[nodes] = now_s
+    return node_s + sum(nodes * min(now_s - then_s, idle_s) for nodes, then_s in ended_s.items()), now_s
+
+
+def _side_by_side_s(runs: Iterable[float], parallel: int) -> float:
+    """How long runs take of which so many go on at once, each starting as soon as there is room."""
+    free_s = [0.0] * max(1, parallel)
+    for own_s in runs:
+        heapq.heapreplace(free_s, free_s[0] + own_s)
+    return max(free_s)
+
+
 def estimate(
     course: Course,
-    ranking: IntColumn,
+    ranking: Sequence[int],
     *,
     gpus_per_node: int,
     overhead_s: float,
     minutes: float,
     parallel: int,
     packed: bool,
+    idle_s: float = _KEPT_S,
 ) -> Estimate:
-    """What the search may cost if it takes the layouts in this order; `minutes` is the limit of one job."""
-    first = ranking[: course.layouts].tolist()
-    runs = [(row, course.stages[0], int(course.nodes[row])) for row in first]
-    usual = runs[:_USUAL_LAYOUTS]
-    # A leader and a rival are timed longer, in every later stage.
-    finalists = [(row, steps, int(course.nodes[row])) for steps in course.stages[1:] for row in first[:2]]
-    scaled = [
-        (row, course.stages[-1], course.verify_nodes) for row in first[: course.verify_top] if course.verify_nodes
-    ]
-    runs, usual = [*runs, *finalists, *scaled], [*usual, *finalists, *scaled]
+    """What the search may cost if it takes the layouts in this order; `minutes` is the limit of one run."""
+    most_s = minutes * SECONDS_PER_MINUTE
 
-    def gpu_s(chosen: Sequence[tuple[int, int, int]]) -> float:
-        seen: set[int] = set()
-        total = 0.0
-        for row, steps, nodes in chosen:
-            again = packed and nodes in seen
-            seen.add(nodes)
-            held_s = run_s(course, row, steps, nodes, _NEXT_RUN_S if again else overhead_s)
-            total += held_s * nodes * gpus_per_node
-        return total
+    def own_s(run: _Run) -> float:
+        return min(most_s, run_s(course, *run, 0.0))
 
-    everything_s: Column = overhead_s + course.stages[-1] * course.landscape.run.step_time_s
-    grid = float(np.sum(everything_s * course.nodes)) * gpus_per_node
-    wall_s = sum(run_s(course, *run, _NEXT_RUN_S if packed else overhead_s) for run in runs) / max(1, parallel)
-    sizes = Counter(nodes for _, _, nodes in runs)
+    def held(phases: Sequence[Sequence[_Run]]) -> tuple[float, float]:
+        if packed:
+            return _kept_node_s(((own_s(run), run[2]) for phase in phases for run in phase), overhead_s, idle_s)
+        times = [[overhead_s + own_s(run) for run in phase] for phase in phases]
+        node_s = sum((overhead_s + own_s(run)) * run[2] for phase in phases for run in phase)
+        return node_s, sum(_side_by_side_s(phase, parallel) for phase in times)
+
+    first = [int(row) for row in ranking[: course.layouts]]
+    most = _phases(course, first, 1 + RIVALS)
+    stops = isinstance(course.strategy, Adaptive)  # the others run whatever there is
+    usual = _phases(course, first[:_USUAL_LAYOUTS] if stops else first, _USUAL_FINALISTS)
+    node_s, wall_s = held(most)
+    usual_node_s, _ = held(usual)
+    everything_s: Column = overhead_s + np.minimum(most_s, course.stages[-1] * course.landscape.run.step_time_s)
+    grid_node_s = float(np.sum(everything_s * course.nodes))
+    sizes = Counter(nodes for phase in most for _, _, nodes in phase)
     asked = [
         Asked(jobs=1 if packed else count, nodes=nodes, gpus=nodes * gpus_per_node, minutes=minutes)
         for nodes, count in sorted(sizes.items())
     ]
     return Estimate(
         layouts=len(first),
-        gpu_hours=gpu_s(runs) / SECONDS_PER_HOUR,
-        usual_gpu_hours=gpu_s(usual) / SECONDS_PER_HOUR,
+        gpu_hours=node_s * gpus_per_node / SECONDS_PER_HOUR,
+        usual_gpu_hours=usual_node_s * gpus_per_node / SECONDS_PER_HOUR,
         wall_s=wall_s,
         grid_layouts=len(ranking),
-        grid_gpu_hours=grid / SECONDS_PER_HOUR,
+        grid_gpu_hours=grid_node_s * gpus_per_node / SECONDS_PER_HOUR,
         asked=asked,
     )
 
@@ -136,29 +183,33 @@ def worth_packing(one_by_one: Estimate, packed: Estimate) -> bool:
 
 
 def choose(
-    course: Course, ranking: IntColumn, cluster: Cluster, *, submit: str | None, parallel: int | None, minutes: float
+    course: Course, ranking: IntColumn, cluster: Cluster, *, submit: Submit | None, parallel: int | None, minutes: float
 ) -> tuple[Dispatch, Estimate]:
     """How to submit (the cheaper way, where none is asked for) and what that may cost."""
     slurm = cluster.scheduler == "slurm"
     overhead_s = cluster.slurm.job_overhead_s if slurm else LOCAL_OVERHEAD_S
-    learns = not isinstance(course.strategy, InOrder)
-    if parallel is None and slurm and learns:
-        parallel = min(_USUAL_PARALLEL, cluster.slurm.array_parallelism)
-    at_once = parallel or (cluster.slurm.array_parallelism if slurm else 1)
+    is_ordered = isinstance(course.strategy, InOrder)
+    order = course.strategy.order if isinstance(course.strategy, InOrder) else ranking.tolist()
+    single: Submit = "array" if slurm else "separate"
 
-    def expected(*, packed: bool) -> Estimate:
+    def dispatch(way: Submit) -> Dispatch:
+        at_once = parallel
+        if at_once is None and slurm and way != "packed" and not is_ordered:
+            at_once = min(_USUAL_PARALLEL, cluster.slurm.array_parallelism)
+        return Dispatch(submit=way, parallel=at_once, overhead_s=overhead_s)
+
+    def expected(way: Submit) -> Estimate:
         return estimate(
             course,
-            ranking,
+            order,
             gpus_per_node=cluster.gpus_per_node,
             overhead_s=overhead_s,
             minutes=minutes,
-            parallel=at_once,
-            packed=packed,
+            parallel=dispatch(way).parallel or (cluster.slurm.array_parallelism if slurm else 1),
+            packed=way in ("packed", "hyperqueue"),
+            idle_s=_KEPT_S if slurm else math.inf,
         )
 
-    single = "array" if slurm else "separate"
     if submit is None:
-        submit = "packed" if worth_packing(expected(packed=False), expected(packed=True)) else single
-    dispatch = Dispatch(submit=submit, parallel=parallel, overhead_s=overhead_s)
-    return dispatch, expected(packed=submit in ("packed", "hyperqueue"))
+        submit = "packed" if worth_packing(expected(single), expected("packed")) else single
+    return dispatch(submit), expected(submit)

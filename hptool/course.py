@@ -13,14 +13,14 @@ from hptool.strategy import Ending, Landscape, Outlook, Stop, Strategy, Trial, o
 #: and find the same winner (replayed on published grids); eight leave four after a warm-up of half.
 SHORT_TIMINGS = (8, 20)
 
-#: A stage that saves less than this share of the next one is left out.
+#: A stage that takes more than this share of the longest one saves too little, and is left out.
 _WORTH_A_STAGE = 0.6
 
 #: Layouts beside the leader that are timed longer at once: those whose interval overlaps with the leader's, the
 #: fastest first. More would cost a long timing each, for a difference that no user could see.
-_RIVALS = 3
+RIVALS = 3
 
-#: How often a run that ended through no fault of its layout is repeated.
+#: How often a timing that ended through no fault of its layout is repeated.
 _REPEATS = 2
 
 
@@ -28,8 +28,8 @@ _REPEATS = 2
 class Timing:
     """One run of a row of the landscape, ended or under way; `steps` steps on `nodes` nodes.
 
-    Where it was measured, `step_time_s` is the median within `low_s` and `high_s`, and `error` the relative standard
-    deviation behind that interval.
+    Where it was measured, `step_time_s` is the median within `low_s` and `high_s`, and `error` its relative standard
+    deviation: more than the interval says where that is known to say too little.
     """
 
     row: int
@@ -86,8 +86,8 @@ class Course:
 class Standing:
     """What the timings come to: the longest of each measured row, those at scale, and the rows from the fastest.
 
-    Rows are ranked by what is expected of them on all nodes, those that were measured at scale before the others.
-    `equals` are the rows that the timings do not tell from the first.
+    Rows are ranked by what is expected of them on all nodes, those that were measured at scale before the others, and
+    those that failed there last. `equals` are the rows that the timings do not tell from the first.
     """
 
     outlook: Outlook
@@ -104,7 +104,12 @@ def standing(course: Course, timings: Sequence[Timing]) -> Standing:
     measured = {t.row for t in known if t.ending is Ending.MEASURED}
     in_order = sorted((t for t in timings if t.ending is Ending.MEASURED and t.row in measured), key=lambda t: t.steps)
     longest = {t.row: t for t in in_order if t.nodes == course.nodes[t.row]}
-    at_scale = {t.row: t for t in in_order if t.nodes == course.verify_nodes and t.steps == course.stages[-1]}
+    scaled = [t for t in timings if t.nodes == course.verify_nodes and t.steps == course.stages[-1]]
+    at_scale = {t.row: t for t in scaled if t.ending is Ending.MEASURED and t.row in longest}
+    failed = {t.row for t in scaled if t.ending in (Ending.OOM, Ending.FAILED) and not t.may_run_again}
+
+    def place(row: int) -> int:
+        return 0 if row in at_scale else 2 if row in failed else 1
 
     def step_time_s(row: int) -> float:
         return at_scale[row].step_time_s if row in at_scale else float(view.step_time_s[row])
@@ -112,15 +117,16 @@ def standing(course: Course, timings: Sequence[Timing]) -> Standing:
     def interval_s(row: int) -> tuple[float, float]:
         # What comes on top of a timing on fewer nodes is predicted, and no longer timing would tell it better.
         timing = at_scale.get(row) or longest[row]
-        middle_s = step_time_s(row)
-        return middle_s - (timing.step_time_s - timing.low_s), middle_s + (timing.high_s - timing.step_time_s)
+        more_s, doubt_s = step_time_s(row) - timing.step_time_s, timing.error * timing.step_time_s
+        low_s, high_s = timing.step_time_s - doubt_s, timing.step_time_s + doubt_s
+        return more_s + min(timing.low_s, low_s), more_s + max(timing.high_s, high_s)
 
-    ranking = sorted(longest, key=lambda row: (row not in at_scale, step_time_s(row), row))
+    ranking = sorted(longest, key=lambda row: (place(row), step_time_s(row), row))
     equals = []
     if ranking:
         _, high_s = interval_s(ranking[0])
-        rivals = at_scale if ranking[0] in at_scale else longest
-        equals = [row for row in ranking[1:] if row in rivals and interval_s(row)[0] <= high_s]
+        rivals = [row for row in ranking[1:] if place(row) == place(ranking[0])]
+        equals = [row for row in rivals if interval_s(row)[0] <= high_s]
     return Standing(outlook=view, timings=longest, at_scale=at_scale, ranking=ranking, equals=equals)
 
 
@@ -130,8 +136,10 @@ def _trials(course: Course, timings: Sequence[Timing]) -> list[Trial]:
     for timing in timings:
         if timing.nodes != course.nodes[timing.row] or _is_void(timing, timings):
             continue
-        # Failing when it is timed longer, a layout has failed; while that is under way, its short timing stands.
-        if timing.row not in found or timing.ending is not Ending.UNDER_WAY:
+        # Failing when it is timed longer, a layout has failed; while that is under way, or after it was lost for good
+        # through no fault of the layout, its short timing stands.
+        says_more = timing.ending is not Ending.UNDER_WAY and not timing.may_run_again
+        if timing.row not in found or says_more:
             found[timing.row] = timing
     return [
         Trial(
@@ -146,11 +154,11 @@ def _trials(course: Course, timings: Sequence[Timing]) -> list[Trial]:
 
 
 def _is_void(timing: Timing, timings: Sequence[Timing]) -> bool:
-    """The run says nothing about its layout, which has not had its last try."""
+    """The run says nothing about its layout, and is to be repeated."""
     if not timing.may_run_again:
         return False
-    alike = [t for t in timings if t.may_run_again and (t.row, t.nodes) == (timing.row, timing.nodes)]
-    return len(alike) <= _REPEATS
+    what = (timing.row, timing.nodes, timing.steps)
+    return sum(t.may_run_again and (t.row, t.nodes, t.steps) == what for t in timings) <= _REPEATS
 
 
 def next_order(course: Course, timings: Sequence[Timing]) -> Order | Wait | Stop:
@@ -164,27 +172,35 @@ def next_order(course: Course, timings: Sequence[Timing]) -> Order | Wait | Stop
         why = proposal.why
     else:
         why = f"{course.layouts} layouts were run, which is the limit"
-    under_way = {t.row for t in timings if t.ending is Ending.UNDER_WAY}
-    # A first timing that is under way may still change who the finalists are.
+    under_way = [t for t in timings if t.ending is Ending.UNDER_WAY]
     order = None
+    # A first timing that is under way may still change who the finalists are, and a longer one who is the best.
     if not any(t.ending is Ending.UNDER_WAY for t in known):
-        order = _longer(course, timings, under_way)
-    if order is None and not under_way:
+        order = _longer(course, timings)
+    if order is None and not any(t.nodes == course.nodes[t.row] for t in under_way):
         order = _at_scale(course, timings)
     if order is not None:
         return order
     return Wait() if under_way else Stop(why=why)
 
 
-def _longer(course: Course, timings: Sequence[Timing], under_way: set[int]) -> Order | None:
-    """A longer timing of a finalist: of those that the timings do not tell from the leader, and of the leader."""
+def _longer(course: Course, timings: Sequence[Timing]) -> Order | None:
+    """A longer timing of a finalist: of those that the timings do not tell from the leader, and of the leader.
+
+    The shortest timings go first, since they may tell a finalist apart before it takes a long one.
+    """
     now = standing(replace(course, verify_nodes=None), timings)
-    rivals = now.equals[:_RIVALS]
-    for row in [*now.ranking[:1], *rivals]:
-        longer = [s for s in course.stages if s > now.timings[row].steps]
-        if row in under_way or not longer:
+    rivals = now.equals[:RIVALS]
+    small = [t for t in timings if t.nodes == course.nodes[t.row]]
+    lost = {t.row for t in small if t.may_run_again and not _is_void(t, timings)}
+    steps = {row: now.timings[row].steps for row in [*now.ranking[:1], *rivals] if row not in lost}
+    left = [row for row in steps if steps[row] < course.stages[-1]]
+    fewest = min((steps[row] for row in left), default=0)
+    under_way = {t.row for t in small if t.ending is Ending.UNDER_WAY}
+    for row in left:
+        if row in under_way or steps[row] > fewest:
             continue
-        nodes = int(course.nodes[row])
+        longer, nodes = [s for s in course.stages if s > steps[row]], int(course.nodes[row])
         if rivals:
             return Order(row=row, steps=longer[0], nodes=nodes, why="not told apart from others by its short timing")
         return Order(row=row, steps=longer[-1], nodes=nodes, why="the fastest so far, timed longer")

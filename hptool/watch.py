@@ -1,7 +1,8 @@
 """A search as those see it who watch: what each run does, what it has cost, the best so far. From its files alone."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -17,8 +18,15 @@ from hptool.errors import InputError
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
 from hptool.units import MINUTES_PER_HOUR, SECONDS_PER_MINUTE
 
+#: What a search does while it has runs under way, and after somebody ended it.
+MEASURING = "measuring"
+INTERRUPTED = "interrupted; --resume goes on"
+
 #: How often the live table is drawn anew.
 _REDRAW_S = 0.5
+
+#: Lines of a terminal that the live table leaves for what stands around its runs.
+_AROUND = 10
 
 
 class RunState(StrEnum):
@@ -50,10 +58,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """A search at one moment: its runs in the order of their submission. The best has the highest tokens/s per GPU."""
+    """A search at one moment: its runs in the order of their submission.
+
+    The best has the highest tokens/s per GPU in its longest timing, or at scale where runs were made there.
+    """
 
     doing: str
-    elapsed_s: float
+    elapsed_s: float | None  # None where the search has not said so
     gpu_hours: float
     lines: tuple[Line, ...]
     best: str | None
@@ -72,17 +83,19 @@ def snapshot(
 ) -> Snapshot:
     """What the search's records and its running jobs say; `at_work` is whether a process still looks after it."""
     lines = []
-    for run, submission in submissions.items():
-        record = outcomes.get(run)
-        if record is None and submission.job_id is None and run not in status.states:
+    known = [i for i, run in enumerate(submissions) if run in outcomes or run in status.states]
+    for i, (run, submission) in enumerate(submissions.items()):
+        record, word = outcomes.get(run), status.states.get(run)
+        if record is None and word is None and submission.job_id is None:
             continue  # was never taken
-        lines.append(_line(results, submission, record, status.states.get(run), at_work=at_work))
-    measured = [r for r in outcomes.values() if r.measurement]
-    best = max(measured, key=lambda r: r.measurement.tokens_per_s_per_gpu if r.measurement else 0.0, default=None)
+        # The scheduler has forgotten a run of which the search says nothing, though it knows of a later one.
+        is_forgotten = word is None and i < max(known, default=0)
+        lines.append(_line(results, submission, record, word, is_gone=is_forgotten or not at_work))
+    best = _best(outcomes.values())
     found = best.measurement if best else None
     return Snapshot(
         doing=status.doing,
-        elapsed_s=status.elapsed_s,
+        elapsed_s=None if math.isnan(status.elapsed_s) else status.elapsed_s,
         gpu_hours=sum(record.gpu_hours for record in outcomes.values()),
         lines=tuple(lines),
         best=best.name if best else None,
@@ -94,17 +107,30 @@ def snapshot(
     )
 
 
+def _best(records: Iterable[OutcomeRecord]) -> OutcomeRecord | None:
+    """The best run of all: layouts are compared as they ended last, so one that failed in the end is out."""
+    small: dict[str, OutcomeRecord] = {}
+    at_scale: dict[str, OutcomeRecord] = {}
+    for record in records:
+        if not record.may_run_again:
+            is_small = record.name not in small or record.nodes == small[record.name].nodes
+            (small if is_small else at_scale)[record.name] = record
+    compared = [r for r in at_scale.values() if r.measurement]
+    compared = compared or [r for r in small.values() if r.measurement and r.name not in at_scale]
+    return max(compared, key=lambda r: r.measurement.tokens_per_s_per_gpu if r.measurement else 0.0, default=None)
+
+
 def _line(
-    results: ResultsDirectory, submission: Submission, record: OutcomeRecord | None, word: str | None, *, at_work: bool
+    results: ResultsDirectory, submission: Submission, record: OutcomeRecord | None, word: str | None, *, is_gone: bool
 ) -> Line:
     measured = record.measurement if record else None
-    told = results.read_progress(submission.run) if record is None and at_work else None
+    told = results.read_progress(submission.run) if record is None and not is_gone else None
     if measured:
         state, detail = RunState.DONE, ""
     elif record:
         assert record.failure  # noqa: S101 (a record has one of both)
         state, detail = RunState.FAILED, f"{record.failure.kind.value}: {record.failure.message}"
-    elif not at_work:
+    elif is_gone:
         state, detail = RunState.GONE, ""
     elif told:
         state, detail = RunState.RUNNING, ""
@@ -133,18 +159,23 @@ def of_directory(results: ResultsDirectory) -> Snapshot:
     if not results.is_there():
         raise InputError(f"{results.path}: holds no search (there is no plan.json)")
     at_work = results.is_held()
-    said = results.read_status()
-    status = said or Status(doing="nothing was launched", elapsed_s=0.0, states={})
-    if not at_work and said and said.doing == MEASURING:
-        status = Status(doing="interrupted; --resume goes on", elapsed_s=said.elapsed_s, states={})
-    return snapshot(results, results.submissions(), results.outcomes(), status, at_work=at_work)
-
-
-#: What a search does while it has runs under way.
-MEASURING = "measuring"
+    said, submissions, outcomes = results.read_status(), results.submissions(), results.outcomes()
+    doing = said.doing if said else MEASURING if submissions else "nothing was launched"
+    if at_work and doing == INTERRUPTED:
+        doing = MEASURING  # goes on, and has not said so yet
+    elif not at_work and doing == MEASURING:
+        doing = INTERRUPTED
+    status = Status(doing=doing, elapsed_s=said.elapsed_s if said else math.nan, states=said.states if said else {})
+    return snapshot(results, submissions, outcomes, status, at_work=at_work)
 
 
 # ---------------------------------------------------------------- on a terminal
+
+#: Runs that may still change.
+_OPEN = (RunState.QUEUED, RunState.RUNNING)
+
+#: Below the table stand the reasons of so many runs that wait or failed.
+_MOST_SAID = 5
 
 _STYLES = {
     RunState.QUEUED: "dim",
@@ -165,41 +196,64 @@ def duration(seconds: float) -> str:
     return f"{minutes // MINUTES_PER_HOUR} h {minutes % MINUTES_PER_HOUR:02d} min"
 
 
+def _short(run: str) -> str:
+    """Without what the layout does not use, for narrow tables."""
+    layout, dot, attempt = run.partition(".")
+    return "-".join(x for x in layout.split("-") if x not in ("vpp1", "cp1", "none")) + dot + attempt
+
+
 def summary(now: Snapshot) -> str:
     """One line: what it does, for how long, what that has cost, and the best so far against its prediction."""
-    parts = [now.doing, f"{duration(now.elapsed_s)} elapsed", f"{now.gpu_hours:.3g} GPU hours spent"]
+    parts = [now.doing, f"{now.gpu_hours:.3g} GPU hours spent"]
+    if now.elapsed_s is not None:
+        parts.insert(1, f"{duration(now.elapsed_s)} elapsed")
     if now.best is not None and now.best_step_time_s is not None:
         predicted = now.best_predicted_step_time_s
         beside = f", {predicted:.4g} s predicted" if predicted else ""
-        parts.append(f"best {now.best}: {now.best_step_time_s:.4g} s a step{beside}")
+        parts.append(f"best {_short(now.best)}: {now.best_step_time_s:.4g} s a step{beside}")
     return "; ".join(parts)
 
 
+def _printable(text: str) -> str:
+    """On one line, and without what a terminal would obey: anything may stand in what a job said."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
 def table(now: Snapshot, most_lines: int | None = None) -> RenderableType:
-    """The runs in 80 columns, the newest where there are too many, and the summary below."""
+    """The runs in 80 columns and the summary below; the newest, and those under way, where there are too many.
+
+    With `most_lines` nothing takes more than one line, but the summary.
+    """
     made = Table(box=None, pad_edge=False)
-    made.add_column("run", overflow="ellipsis", no_wrap=True, max_width=34)
-    made.add_column("", no_wrap=True)
-    for heading in ("steps", "tokens/s", "step s", "±", "pred. s"):
+    made.add_column("run")
+    made.add_column("")
+    for heading in ("nodes", "steps", "tokens/s", "step s", "±", "pred. s"):
         made.add_column(heading, justify="right", no_wrap=True)
-    shown = now.lines if most_lines is None else now.lines[-most_lines:]
+    count = len(now.lines) if most_lines is None else most_lines
+    by_news = sorted(range(len(now.lines)), key=lambda i: (now.lines[i].state in _OPEN, i))
+    shown = [now.lines[i] for i in sorted(by_news[max(0, len(now.lines) - count) :])]
     for line in shown:
         made.add_row(
-            line.run,
-            Text(line.state.value, style=_STYLES[line.state]),
+            # Where the terminal is narrow a name is cut, and no number.
+            Text(_printable(_short(line.run)), no_wrap=True, overflow="ellipsis"),
+            Text(line.state.value, style=_STYLES[line.state], no_wrap=True, overflow="ellipsis"),
+            str(line.nodes),
             f"{line.step}/{line.of}",
             "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
             "" if line.step_time_s is None else f"{line.step_time_s:.4g}",
             "" if line.spread is None else f"{line.spread:.1%}",
             f"{line.predicted_step_time_s:.4g}",
         )
-    waits = [f"{x.run}: {x.detail}" for x in shown if x.detail and x.state in (RunState.QUEUED, RunState.FAILED)]
+    said = [f"{x.run}: {x.detail}" for x in shown if x.detail and x.state in (RunState.QUEUED, RunState.FAILED)]
     hidden = len(now.lines) - len(shown)
     return Group(
         made,
-        *([Text(f"and {hidden} earlier runs", style="dim")] if hidden else []),
-        *(Text(text, style="dim") for text in waits[-5:]),
-        Text(summary(now)),
+        *([Text(f"and {hidden} more runs", style="dim")] if hidden else []),
+        *(
+            Text(_printable(text), style="dim", no_wrap=most_lines is not None, overflow="ellipsis")
+            for text in said[-_MOST_SAID:]
+        ),
+        Text(_printable(summary(now))),
     )
 
 
@@ -240,26 +294,31 @@ class _Live:
 
     def say(self, message: str) -> None:
         """As `Screen.say`."""
-        self._live.console.print(f"hptool: {message}", markup=False, highlight=False, soft_wrap=True)
+        lines = "\n".join(map(_printable, message.splitlines()))
+        self._live.console.print(f"hptool: {lines}", markup=False, highlight=False, soft_wrap=True)
 
     def show(self, now: Callable[[], Snapshot]) -> None:
         """As `Screen.show`."""
         if time.monotonic() - self._drawn_at > _REDRAW_S:
             self._drawn_at = time.monotonic()
-            self._live.update(table(now(), most_lines=max(3, self._live.console.height - 10)), refresh=True)
+            self._live.update(table(now(), most_lines=max(3, self._live.console.height - _AROUND)), refresh=True)
 
     def confirm(self, question: str) -> bool:
         """As `Screen.confirm`."""
         self._live.stop()
-        answer = Confirm.ask(question, console=self._live.console, default=True)
-        self._live.start()
-        return answer
+        try:
+            return Confirm.ask(question, console=self._live.console, default=True)
+        except EOFError:  # Ctrl-D
+            return False
+        finally:
+            self._live.start()
 
 
 @contextmanager
 def screen(console: Console, say: Callable[[str], None]) -> Iterator[Screen]:
     """A live table on a terminal, and what `say` does with lines elsewhere."""
-    if not console.is_terminal:
+    # Rich takes a file for a terminal where FORCE_COLOR is set, as in many CI systems.
+    if not (console.is_interactive and console.file.isatty()):
         yield _Lines(say)
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:

@@ -1,4 +1,4 @@
-"""A plan: axes that a request fixes, and the runs that stand for the full training."""
+"""A plan: axes that a request fixes."""
 
 from dataclasses import replace
 
@@ -7,36 +7,14 @@ import pytest
 from hptool.base_config import BaseConfig
 from hptool.candidates import Layout, SearchSpace
 from hptool.errors import InputError
-from hptool.plan import SearchRequest, make_plan, pinned, run_config
+from hptool.plan import SearchRequest, make_plan, pinned
 from tests.worker.runs import tiny_config, tiny_family
-
-REQUEST = SearchRequest(model="tiny", cluster="dgx-a100")
 
 
 def experts(layout: Layout) -> BaseConfig:
     """A tiny model with experts on four nodes of four."""
     size = {"trainer__num_nodes": 4, "trainer__devices": 4, "model__global_batch_size": 32}
     return tiny_config(**tiny_family("moe", **size)).with_layout(replace(layout, mbs=1))
-
-
-@pytest.mark.parametrize(
-    ("layout", "nodes"),
-    [
-        (Layout(), 1),
-        (Layout(ep=4), 1),
-        (Layout(tp=2, ep=4), 2),
-        (Layout(tp=2, ep=2, pp=2), 2),
-        (Layout(pp=4, ep=4), 4),
-        (Layout(cp=4, ep=4), 1),
-    ],
-)
-def test_a_run_has_the_fewest_nodes_that_hold_all_experts(layout: Layout, nodes: int) -> None:
-    full = experts(layout)
-    run = run_config(full, full.layout, REQUEST)
-    assert run.trainer.num_nodes == nodes
-    assert run.gpus % (layout.tp * layout.ep * layout.pp) == 0
-    # A replica works through as many microbatches as on all nodes.
-    assert run.num_microbatches == full.num_microbatches
 
 
 def test_an_override_fixes_the_expert_parallel_size() -> None:
