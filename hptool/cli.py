@@ -169,7 +169,7 @@ def search_train_command(
         else:
             report.print_table(made, Console(highlight=False), output_top_n)
             click.echo(f"report: {directory / 'report.html'}")
-        if made.winner is None and not request.dry_run:
+        if made.winner is None and made.spent.ended is not None:
             raise LaunchError(f"{report.why_nothing_ran(made)} See {directory / 'report.html'}")
     except HptoolError as error:
         _fail(error)

@@ -209,6 +209,11 @@ class SlurmOptions:
             raise ValueError(msg) from error
 
 
+#: Ways to bring runs to a cluster: a job each, one array of all of a shape, orders of long-lived jobs, or side by side
+#: on this machine.
+Submit = Literal["separate", "array", "packed", "hyperqueue"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """Nodes of equal GPUs, how they are wired and how a job gets onto them."""

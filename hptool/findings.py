@@ -37,7 +37,8 @@ def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
     for record in records.values():
         if record.name in rows_of:
             by_layout.setdefault(rows_of[record.name], []).append(record)
-    rows = report.ranked([_row(search, now, row, tries) for row, tries in by_layout.items()])
+    failed = sorted(by_layout.keys() - set(now.ranking), key=names.__getitem__)
+    rows = [_row(search, now, row, by_layout[row]) for row in (*now.ranking, *failed)]
     best = next((row for row in rows if row.measurement), None)
     if best is not None:
         files.write_text(results.optimal, files.yaml_text(plan.config.with_layout(best.layout).document()))

@@ -18,7 +18,7 @@ from hptool.base_config import BaseConfig
 from hptool.candidates import Candidates, Layout, SearchLimits, SearchSpace, enumerate_layouts
 from hptool.course import Course, stages
 from hptool.errors import InputError, NoFeasibleLayout
-from hptool.facts import Cluster, Framework
+from hptool.facts import Cluster, Framework, Submit
 from hptool.predict import Predictions, predict, stack
 from hptool.presets import Site
 from hptool.strategy import STRATEGIES
@@ -44,7 +44,7 @@ class SearchRequest:
     stages: tuple[int, ...] | None = None
     verify_nodes: int | None = None
     verify_top: int = 2
-    submit: str | None = None
+    submit: Submit | None = None
     parallel: int | None = None
     space: SearchSpace = field(default_factory=SearchSpace)
     results: Path | None = None
@@ -76,6 +76,7 @@ class Plan:
         """What is known before the first run, and how far the search goes."""
         request = self.request
         landscape, nodes = timed_runs.landscape(self.config, self.predictions, self.cluster, self.framework)
+        verify_nodes = request.verify_nodes or 0
         fewest = timed_runs.fewest_nodes(self.predictions.layouts, self.cluster.gpus_per_node)
         return Course(
             landscape=landscape,
@@ -85,7 +86,7 @@ class Plan:
             stages=request.stages or stages(request.max_steps_per_run),
             verify_nodes=request.verify_nodes,
             verify_top=request.verify_top,
-            scalable=np.asarray((request.verify_nodes or 0) % fewest == 0),
+            scalable=np.asarray((verify_nodes % fewest == 0) & (verify_nodes >= nodes)),
         )
 
     def document(self) -> Mapping[str, Any]:

@@ -112,7 +112,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Everything that the readers of a search see. `rows` are ranked: measured by throughput, then failures."""
+    """Everything that the readers of a search see. `rows` are the measured ones, the best first, then the failures."""
 
     model: str
     num_parameters: int
@@ -162,23 +162,6 @@ class Report:
     def winner(self) -> Row | None:
         """The measured row with the highest throughput."""
         return next(iter(self.measured), None)
-
-
-def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Measured rows by their step time on all nodes, those that were run at scale first; then the failures.
-
-    Ties by layout. Every layout works through the same batch on all nodes.
-    """
-
-    def key(row: Row) -> tuple[bool, bool, float, Layout]:
-        if row.measurement is None:
-            return True, True, 0.0, row.layout
-        if row.full is None:
-            return False, True, -row.measurement.model_tflops_per_gpu, row.layout
-        scaled = row.full.at_scale
-        return False, scaled is None, scaled.step_time_s if scaled else row.full.step_time_s, row.layout
-
-    return sorted(rows, key=key)
 
 
 def why_nothing_ran(report: Report) -> str | None:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hptool import catalogue, cost, files, launch, report
-from hptool.campaign import measure, planned_run
+from hptool.campaign import Work, measure, planned_run
 from hptool.cost import Dispatch, Estimate
-from hptool.course import Course, Order, Timing, next_order
+from hptool.course import Course
 from hptool.findings import Search, make_report
 from hptool.plan import Plan, SearchRequest, make_plan, read_plan
 from hptool.results import ResultsDirectory
-from hptool.strategy import Ending
 from hptool.timed_runs import timed_run
 from hptool.watch import Screen, duration
 from hptool.worker.refusals import refuse_missing_framework
@@ -33,6 +32,7 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
         refuse_missing_framework()
     course = plan.course
     dispatch, estimate = _cost(plan, course)
+    launcher = launch.launcher(plan.cluster, plan.directory / "jobs", dispatch.submit)
     results = ResultsDirectory(plan.directory)
     try:
         results.begin(plan.document(), resume=request.resume)
@@ -44,7 +44,10 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
         elif plan.cluster.scheduler == "slurm" and not confirm():
             note, ended = "Everything was written, nothing was launched.", None
         else:
-            note, ended = None, measure(plan, course, dispatch, results, screen)
+            note, ended = (
+                None,
+                measure(plan, course, results, Work(dispatch=dispatch, launcher=launcher, screen=screen)),
+            )
             screen.say(f"ended: {ended}")
         found = Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended)
         made = make_report(found, [note] if note else [])
@@ -82,7 +85,7 @@ def _cost(plan: Plan, course: Course) -> tuple[Dispatch, Estimate]:
 def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]:
     """What the search may cost, and what the scheduler will be asked for, before the first job."""
     request = plan.request
-    if request.strategy in ("adaptive", "optuna"):
+    if request.strategy == "adaptive":
         layouts = f"up to {estimate.layouts} of {estimate.grid_layouts} layouts, as many as pay"
     else:
         layouts = f"{estimate.layouts} of {estimate.grid_layouts} layouts"
@@ -118,31 +121,18 @@ def _write_plan(plan: Plan, course: Course, results: ResultsDirectory, screen: S
     files.write_text(results.predictions, report.predictions_csv(plan.predictions))
     if plan.cluster.scheduler == "slurm":
         shutil.rmtree(results.path / "scripts", ignore_errors=True)  # of an earlier limit
-        for order in _first_orders(course):
-            layout = plan.predictions.layouts.row(order.row)
+        for row in plan.predictions.ranking()[: plan.planned_runs].tolist():
+            layout, nodes = plan.predictions.layouts.row(row), int(course.nodes[row])
             # Everything for this run in one folder, which is there before Slurm opens its log in it.
             folder = results.path / "scripts" / layout.name
             timed = timed_run(
                 plan.config,
                 layout,
-                nodes=order.nodes,
+                nodes=nodes,
                 steps=course.stages[-1],
                 max_minutes=plan.request.max_minutes_per_run,
             )
             files.write_text(folder / "config.yaml", files.yaml_text(timed.document()))
-            run = planned_run(plan, results, layout.name, order.nodes)
+            run = planned_run(plan, results, layout.name, nodes)
             parameters = launch.run_parameters(run, plan.cluster)
             files.write_text(folder / "run.sh", launch.batch_script(parameters, folder / "config.yaml", folder))
-
-
-def _first_orders(course: Course) -> list[Order]:
-    """The layouts that would be run if none of them taught anything."""
-    orders: list[Order] = []
-    timings: list[Timing] = []
-    while len(orders) < course.layouts:
-        step = next_order(course, timings)
-        if not isinstance(step, Order):
-            break
-        orders.append(step)
-        timings.append(Timing(row=step.row, nodes=step.nodes, steps=step.steps, ending=Ending.UNDER_WAY))
-    return orders

@@ -6,7 +6,7 @@ from hptool import files
 from hptool.candidates import Layout, Rejection, SearchSpace, enumerate_layouts
 from hptool.measurement import Failure, FailureKind, Measurement
 from hptool.predict import predict, stack
-from hptool.report import Full, Report, Row, Spent, Training, ranked
+from hptool.report import Full, Report, Row, Spent, Training
 from hptool.results import OutcomeRecord, Submission
 from tests.conftest import preset_config
 from tests.test_candidates import LIMITS
@@ -71,7 +71,8 @@ def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
     config = preset_config("tiny", cluster, 1)
     framework = files.read_framework("hptool-worker")
     candidates = enumerate_layouts(SearchSpace(tp=(1, 2), pp=(1, 2), mbs=(1, 2)), config.workload, LIMITS)
-    winner = next((r for r in ranked(rows) if r.measurement), None)
+    rows = sorted(rows, key=lambda r: -r.measurement.model_tflops_per_gpu if r.measurement else 0.0)
+    winner = next((r for r in rows if r.measurement), None)
     return Report(
         model="gpt3_tiny",
         num_parameters=config.shape.num_parameters,
@@ -83,7 +84,7 @@ def sample_report(rows: list[Row], notes: tuple[str, ...] = ()) -> Report:
         peak_tflops=0.095,
         candidates=len(candidates.layouts),
         rejections=(Rejection(reason="tp·pp·cp does not divide the 2 GPUs", count=2, example="tp2-pp2"),),
-        rows=ranked(rows),
+        rows=rows,
         planned_runs=4,
         predictions=predict(candidates.layouts, stack([(config.workload, cluster, framework)])),
         spent=Spent(gpu_hours=0.03, runs=3, grid_layouts=4, grid_gpu_hours=0.5, ended="done: tested"),

@@ -1,8 +1,12 @@
 """The command line: frozen help, light imports, and one clear error for every kind of bad input."""
 
+import contextlib
 import fcntl
 import importlib.util
 import json
+import os
+import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +18,7 @@ from syrupy.assertion import SnapshotAssertion
 
 from hptool import files
 from hptool.cli import main
+from tests import samples
 
 
 def hptool(*words: str | Path, columns: int = 100) -> Result:
@@ -25,7 +30,8 @@ def search(tmp_path: Path, *words: str, model: str = "gpt3/tiny", cluster: str =
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["search-train"], ["predict"], ["replay"], ["recommend"], ["base-config"], ["train"]]
+    "command",
+    [[], ["search-train"], ["status"], ["report"], ["predict"], ["replay"], ["recommend"], ["base-config"], ["train"]],
 )
 def test_help_is_frozen(command: list[str], snapshot: SnapshotAssertion) -> None:
     assert hptool(*command, "--help").output == snapshot
@@ -66,6 +72,16 @@ def profile(tmp_path: Path, **changes: object) -> str:
         (["--limit-search-runs", "0"], "--limit-search-runs: 0 given, allowed is more than 0"),
         (["--max-minutes-per-run", "-1"], "--max-minutes-per-run: -1.0 given, allowed is more than 0"),
         (["--max-steps-per-run", "1"], "--max-steps-per-run: 1 given, allowed is 2 or more"),
+        (["--stages", "8,8"], "--stages: 8,8 given, allowed are rising numbers from 2 on"),
+        (["--stages", "1,8"], "--stages: 1,8 given, allowed are rising numbers from 2 on"),
+        (["--strategy", "adaptiv"], "--strategy: 'adaptiv' given; did you mean adaptive?"),
+        (["--budget-gpu-hours", "0"], "--budget-gpu-hours: 0.0 given, allowed is more than 0"),
+        (["--budget-gpu-hours", "nan"], "--budget-gpu-hours: nan given, allowed is more than 0"),
+        (["--max-hours", "-1"], "--max-hours: -1.0 given, allowed is more than 0"),
+        (["--verify-nodes", "2"], "--verify-nodes: 2 given, allowed is 1 to 1 (--nodes)"),
+        (["--verify-nodes", "0"], "--verify-nodes: 0 given, allowed is more than 0"),
+        (["--parallel", "2"], "--parallel: 2 given, allowed is 1: runs on this machine share its devices"),
+        (["--submit", "array"], "--submit: array given, allowed for local (scheduler: local) is separate"),
         (["--output-top-n", "0"], "--output-top-n: 0 given, allowed is 1 or more"),
         (["model.hiden_size=64"], "model.hiden_size: unknown key; did you mean hidden_size?"),
         (["trainer.precision=fp64"], "trainer.precision: 'fp64' given, allowed is 'bf16'"),
@@ -220,3 +236,78 @@ def test_a_profile_cannot_write_lines_of_a_script(changes: dict[str, object], sa
     done = search(tmp_path, "--dry-run", cluster=profile(tmp_path, **changes))
     assert done.exit_code == 2
     assert said in done.output
+
+
+def test_what_a_search_costs_is_said_before_anything_is_launched(tmp_path: Path) -> None:
+    done = search(tmp_path, "--dry-run", "--nodes", "16", model="gpt3/5b", cluster="dgx-a100")
+    assert done.exit_code == 0, done.output
+    said = re.search(
+        r"cost: up to 10 of (\d+) layouts, as many as pay: some (\S+), at most (\S+) GPU hours; .* at most without "
+        r"queueing. Timing all \d+ would take (\S+) GPU hours",
+        done.stderr,
+    )
+    assert said is not None, done.stderr
+    usual, most, grid = (float(word.replace(",", "")) for word in said.groups()[1:])
+    assert usual <= most < grid
+    assert re.search(r"the scheduler is asked for up to \d+ .* of 1 nodes? \(8 GPUs\)", done.stderr)
+
+
+@pytest.mark.parametrize(("answer", "launches"), [("n", False), ("y", True)])
+def test_on_a_terminal_the_cost_is_confirmed(answer: str, tmp_path: Path, *, launches: bool) -> None:
+    """Without sbatch on the path a launch ends at once, in one clear error."""
+    command = [
+        sys.executable, "-m", "hptool", "search-train", "--model", "gpt3/126m", "--cluster", "dgx-a100", "--nodes", "1",
+        "--results", str(tmp_path / "run"),
+    ]  # fmt: skip
+    leader, follower = pty.openpty()
+    environment = os.environ | {"PATH": "/nowhere", "TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    shown = b""
+    while b"Launch?" not in shown:
+        shown += os.read(leader, 1000)
+    assert b"GPU hours" in shown
+    os.write(leader, f"{answer}\n".encode())
+    with contextlib.suppress(OSError):  # a pseudo-terminal whose other side is gone says so like this
+        while more := os.read(leader, 1000):
+            shown += more
+    assert process.wait(timeout=60) == (4 if launches else 0)
+    assert (b"sbatch: not found on this machine" in shown) == launches
+    assert (b"nothing was launched" in shown) != launches
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_directory_without_a_search_is_one_clear_error(command: str, tmp_path: Path) -> None:
+    done = hptool(command, tmp_path)
+    assert done.exit_code == 2
+    assert f"{tmp_path}: holds no search (there is no plan.json)" in done.output
+    (tmp_path / "plan.json").write_text('{"search": {}}')
+    done = hptool("report", tmp_path)
+    assert done.exit_code == 2
+    assert "is not the plan of a search of this version" in done.output
+
+
+def test_a_report_is_made_anew_from_the_records(tmp_path: Path) -> None:
+    assert search(tmp_path, "--dry-run", "--tp", "1", "--mbs", "1,2", "--recompute", "none").exit_code == 0
+    before = json.loads(hptool("report", tmp_path / "run", "--json").stdout)
+    assert before["winner"] is None
+    run = tmp_path / "run"
+    for name, outcome in (
+        ("tp1-pp1-vpp1-cp1-mbs1-none", samples.measurement(0.5, 0.01)),
+        ("tp1-pp1-vpp1-cp1-mbs2-none", samples.measurement(0.4, 0.0125)),
+        ("tp1-pp2-vpp1-cp1-mbs1-none", samples.failure()),
+    ):
+        line = files.json_text(samples.record(name, outcome), indent=None).strip()
+        with (run / "outcomes.jsonl").open("a") as file:
+            file.write(line + "\n")
+    (run / "report.html").unlink()
+    done = hptool("report", run)
+    assert done.exit_code == 0, done.output
+    assert "winner: tp1-pp1-vpp1-cp1-mbs2-none" in done.stdout
+    assert "failed: tp1-pp2-vpp1-cp1-mbs1-none: oom: out of memory" in done.stdout
+    assert (run / "report.html").is_file()
+    answer = json.loads(hptool("report", run, "--json").stdout)
+    assert answer["spent"]["runs"] == 3
+    assert answer["spent"]["gpu_hours"] == pytest.approx(3 * 2 / 60)
+    steps = yaml.safe_load((run / "optimal.yaml").read_text())["trainer"]["max_steps"]
+    assert answer["training"]["days"] == pytest.approx(steps * 0.4 / 86400)

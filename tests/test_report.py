@@ -1,7 +1,6 @@
 """Reports: ranked by what was measured, whatever the order of arrival; nothing lost, nothing unescaped."""
 
 import io
-import itertools
 import json
 from pathlib import Path
 
@@ -27,15 +26,6 @@ def printed(made: report.Report, width: int = 80) -> str:
     report.print_table(made, console, top=10)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_the_order_in_which_runs_end_does_not_matter(order: tuple[int, ...]) -> None:
-    # The tool before this one sorted by a wrong column, so its optimal config was the order of a directory.
-    made = samples.sample_report([TWO[i] for i in order])
-    assert [r.layout for r in made.rows] == [Layout(pp=2, mbs=2), Layout(tp=2), Layout(mbs=2)]
-    assert made.winner is not None
-    assert made.winner.layout == Layout(pp=2, mbs=2)
 
 
 def test_the_terminal_table_in_80_columns(snapshot: SnapshotAssertion) -> None:
