@@ -76,7 +76,7 @@ class Plan:
         """What is known before the first run, and how far the search goes."""
         request = self.request
         landscape, nodes = timed_runs.landscape(self.config, self.predictions, self.cluster, self.framework)
-        verify_nodes = request.verify_nodes or 0
+        verify_nodes = request.verify_nodes or self.nodes
         fewest = timed_runs.fewest_nodes(self.predictions.layouts, self.cluster.gpus_per_node)
         return Course(
             landscape=landscape,
