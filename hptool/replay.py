@@ -1,15 +1,15 @@
 """A search played against recorded results: how many runs each strategy would have needed, and how many had failed.
 
-Recorded runs of one model on one cluster form a grid, a landscape whose best layout is known. A strategy is asked for
-one row after the other; each try costs a run, a failure too.
+Recorded runs of one model on one cluster form a grid, a landscape whose best layout is known. A strategy, the same
+object as in a search, is asked for one row after the other; each try costs a run, a failure too.
 """
 
 import difflib
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,14 +19,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from hptool import files, tables
-from hptool.candidates import IntColumn, Recompute
+from hptool import strategy as strategies
+from hptool.candidates import BoolColumn, IntColumn, Recompute
 from hptool.errors import InputError
 from hptool.forecast import forecast
-from hptool.predict import Predictions
 from hptool.predict.parts import Column
+from hptool.strategy import Ending, InOrder, Landscape, Stop, Strategy, Trial
+from hptool.units import GIB
 
 #: A layout is good once its throughput is within this share of the best one's.
 TOLERANCE = 0.02
+
+#: The layout that a strategy ends with is as good as the best within this share, which is what a run has to be worth.
+FINAL_TOLERANCE = 0.01
 
 #: Numbers of runs after which the regret is taken.
 CHECKPOINTS = (1, 3, 5, 10)
@@ -58,64 +63,47 @@ _NESTING = ("tp", "pp", "cp", "ep", "vpp", "mbs")
 # ---------------------------------------------------------------- strategies
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Try:
-    """A row of a grid that was run; a failed run has no throughput."""
-
-    row: int
-    tokens_per_s_per_gpu: float | None
-
-
-class Strategy(Protocol):
-    """What to run next in one grid."""
-
-    def next(self, tried: Sequence[Try]) -> int | None:
-        """The row to run after these, one that was not tried; None to stop. Not asked once every row was tried."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InOrder:
-    """The strategy that runs rows in an order that was fixed before the first of them."""
-
-    order: Sequence[int]
-
-    def next(self, tried: Sequence[Try]) -> int | None:
-        """As `Strategy.next`."""
-        return self.order[len(tried)] if len(tried) < len(self.order) else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Choices:
     """What a strategy knows of a grid before the first run: its rows without their results.
 
-    Entry i of `predictions` stands for row `predicted[i]`; rows that cannot be predicted have no entry. A strategy
-    that does not predict has no predictions.
+    Row i of `landscape` stands for row `predicted[i]`; rows that cannot be predicted are not in it, and come last.
+    For a strategy that does not predict there is no landscape, and `predicted` are all rows.
     """
 
     rows: pd.DataFrame
-    predictions: Predictions | None
+    landscape: Landscape | None
     predicted: IntColumn
 
 
-def _ranked(choices: Choices, _: np.random.Generator) -> Sequence[Strategy]:
-    assert choices.predictions is not None  # noqa: S101 (`predicts` says so)
-    first = choices.predicted[choices.predictions.ranking()]
-    last = np.setdiff1d(np.arange(len(choices.rows)), first)
-    return [InOrder(order=[*first.tolist(), *last.tolist()])]
+def _searching(name: str) -> Callable[[Choices, np.random.Generator], Sequence[Strategy]]:
+    """The strategy of this name as a search has it."""
+
+    def made(choices: Choices, generator: np.random.Generator) -> Sequence[Strategy]:
+        assert choices.landscape is not None  # noqa: S101 (`predicts` says so)
+        strategy = strategies.make(name, choices.landscape, seed=int(generator.integers(2**31)))
+        # Nobody here asks what a run in a fixed order is believed to gain, and to know it takes long.
+        return [replace(strategy, landscape=None) if isinstance(strategy, InOrder) else strategy]
+
+    return made
+
+
+def _in_order(order: NDArray[Any]) -> Strategy:
+    return InOrder(order=order.tolist(), why="its turn")
 
 
 def _random(choices: Choices, generator: np.random.Generator) -> Sequence[Strategy]:
-    return [InOrder(order=generator.permutation(len(choices.rows)).tolist()) for _ in range(PERMUTATIONS)]
+    return [_in_order(generator.permutation(len(choices.rows))) for _ in range(PERMUTATIONS)]
 
 
 def _grid(choices: Choices, _: np.random.Generator) -> Sequence[Strategy]:
     loops = [*(_axis(choices.rows, axis) for axis in _NESTING), _recompute(choices.rows)]
-    return [InOrder(order=np.lexsort(loops[::-1]).tolist())]
+    return [_in_order(np.lexsort(loops[::-1]))]
 
 
 def _naive(choices: Choices, _: np.random.Generator) -> Sequence[Strategy]:
     tp, pp, cp, ep = (_axis(choices.rows, axis) for axis in ("tp", "pp", "cp", "ep"))
-    return [InOrder(order=np.lexsort([-_axis(choices.rows, "mbs"), tp * pp * cp * ep]).tolist())]
+    return [_in_order(np.lexsort([-_axis(choices.rows, "mbs"), tp * pp * cp * ep]))]
 
 
 def _axis(rows: pd.DataFrame, axis: str) -> Column:
@@ -131,15 +119,18 @@ def _recompute(rows: pd.DataFrame) -> IntColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """How to get the strategies (several, where chance has a part) for a grid, and whether they need predictions."""
+    """How to get the strategies (several, where chance has a part) for a grid; whether they predict, and ever stop."""
 
     make: Callable[[Choices, np.random.Generator], Sequence[Strategy]]
     predicts: bool = False
+    stops: bool = False
 
 
-#: Strategies by the name that users give.
+#: Strategies by the name that users give. Those that look at no prediction take tables that cannot be predicted.
 STRATEGIES: Mapping[str, _Kind] = {
-    "ranked": _Kind(make=_ranked, predicts=True),
+    "ranked": _Kind(make=_searching("ranked"), predicts=True),
+    "adaptive": _Kind(make=_searching("adaptive"), predicts=True, stops=True),
+    "optuna": _Kind(make=_searching("optuna"), predicts=True),
     "random": _Kind(make=_random),
     "grid": _Kind(make=_grid),
     "naive": _Kind(make=_naive),
@@ -155,7 +146,7 @@ class GridResult:
 
     `runs_to_2pct` counts the runs until a good layout was tried, and is None where the strategy stopped before.
     `failed_runs` of the `runs` up to then (or to the stop) failed. `regret` is what the best layout so far is short
-    of the best one, by number of runs. The last two are None where the strategy does not stop by itself.
+    of the best one, by number of runs. The last three are at the stop, and None for a strategy that does not stop.
     """
 
     grid_id: str
@@ -168,6 +159,7 @@ class GridResult:
     failed_runs: float
     runs: float
     runs_to_stop: float | None
+    failed_to_stop: float | None
     final_regret: float | None
 
 
@@ -175,7 +167,8 @@ class GridResult:
 class DatasetSummary:
     """The grids of one dataset that are `primary`, or those that are not, taken together.
 
-    A quantile is None where so many grids were left before a good layout was tried.
+    A quantile is None where so many grids were left before a good layout was tried. `stopped` says how a strategy
+    stopped that does.
     """
 
     dataset: str
@@ -186,6 +179,20 @@ class DatasetSummary:
     runs_to_2pct_p90: float | None
     regret: Mapping[int, float]
     failed_share: float
+    stopped: "StopSummary | None"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopSummary:
+    """Where a strategy stopped: the runs until then, and the share of them that failed.
+
+    `good_share` is in which share of the grids it had by then found the best layout, or one within 1 % of it.
+    """
+
+    runs_median: float
+    runs_p90: float
+    failed_share: float
+    good_share: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +226,20 @@ def _summary(grids: Sequence[GridResult]) -> DatasetSummary:
         runs_to_2pct_p90=quantile(runs, 0.9),
         regret={k: float(np.mean([g.regret[k] for g in grids])) for k in SUMMARY_CHECKPOINTS},
         failed_share=sum(g.failed_runs for g in grids) / max(1.0, sum(g.runs for g in grids)),
+        stopped=_stop_summary(grids),
+    )
+
+
+def _stop_summary(grids: Sequence[GridResult]) -> StopSummary | None:
+    runs = np.array([g.runs_to_stop for g in grids if g.runs_to_stop is not None])
+    if not len(runs):
+        return None
+    final = np.array([g.final_regret for g in grids if g.final_regret is not None])
+    return StopSummary(
+        runs_median=float(np.median(runs)),
+        runs_p90=float(np.quantile(runs, 0.9)),
+        failed_share=sum(g.failed_to_stop or 0.0 for g in grids) / float(runs.sum()),
+        good_share=float(np.mean(final <= FINAL_TOLERANCE)),
     )
 
 
@@ -235,51 +256,69 @@ def quantile(values: Iterable[float], share: float) -> float | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Grid:
-    """Rows `at` of a table; a failed one has NaN for a throughput."""
+    """Rows `at` of a table; a failed one has NaN for a throughput, and is `oom` where that is proven."""
 
     grid_id: str
     dataset: str
     primary: bool
     at: IntColumn
     tokens_per_s_per_gpu: Column
+    oom: BoolColumn
 
 
-def play(strategy: Strategy, tokens_per_s_per_gpu: Column) -> tuple[Sequence[Try], bool]:
-    """The tries of a strategy in a grid of these throughputs (NaN where a run failed), and whether it stopped early."""
-    tried: list[Try] = []
-    seen: set[int] = set()
-    while len(tried) < len(tokens_per_s_per_gpu):
-        row = strategy.next(tried)
-        if row is None:
-            return tried, True
-        if row in seen or not 0 <= row < len(tokens_per_s_per_gpu):
-            raise ValueError(f"row {row}: not one of the {len(tokens_per_s_per_gpu)} rows, or tried before")
-        seen.add(row)
-        rate = float(tokens_per_s_per_gpu[row])
-        tried.append(Try(row=row, tokens_per_s_per_gpu=None if np.isnan(rate) else rate))
-    return tried, False
+def play(strategy: Strategy, endings: Sequence[Trial]) -> tuple[Sequence[int], bool]:
+    """The rows that a strategy runs, in its order, and whether it left some; `endings` says how each row ends."""
+    trials: list[Trial] = []
+    left = set(range(len(endings)))
+    while left:
+        answer = strategy.next(trials)
+        if isinstance(answer, Stop):
+            break
+        if answer.row not in left:
+            raise ValueError(f"row {answer.row}: not one of the {len(endings)} rows, or tried before")
+        left.remove(answer.row)
+        trials.append(endings[answer.row])
+    return [t.row for t in trials], bool(left)
 
 
-def _judge(grid: _Grid, name: str, strategies: Sequence[Strategy]) -> GridResult:
+def _endings(grid: _Grid, choices: Choices) -> Sequence[Trial]:
+    """How a run of each row of the landscape ends, or of each row of the grid where there is no landscape."""
+    rates, oom = grid.tokens_per_s_per_gpu[choices.predicted], grid.oom[choices.predicted]
+    target = choices.landscape and choices.landscape.target
+    tokens_per_gpu = target.tokens_per_s_per_gpu * target.step_time_s if target else np.ones(len(rates))
+    endings = []
+    for row, rate in enumerate(rates.tolist()):
+        if np.isnan(rate):
+            endings.append(Trial(row=row, ending=Ending.OOM if oom[row] else Ending.FAILED))
+        else:
+            # Nobody published what the timers were worth, or memory that compares with what a rank takes in all.
+            seconds = float(tokens_per_gpu[row]) / rate
+            endings.append(Trial(row=row, ending=Ending.MEASURED, step_time_s=seconds))
+    return endings
+
+
+def _judge(grid: _Grid, choices: Choices, name: str, kind: _Kind, generator: np.random.Generator) -> GridResult:
     best = float(np.nanmax(grid.tokens_per_s_per_gpu))
+    endings = _endings(grid, choices)
+    unpredicted = np.setdiff1d(np.arange(len(grid.at)), choices.predicted).tolist()
     to_good: list[float] = []
     counted: list[int] = []
     failed: list[int] = []
     regrets: list[list[float]] = []
-    stops: list[tuple[int, float]] = []
-    for strategy in strategies:
-        tried, stopped = play(strategy, grid.tokens_per_s_per_gpu)
-        rates = np.array([t.tokens_per_s_per_gpu or 0.0 for t in tried])
+    stops: list[tuple[int, int, float]] = []
+    for strategy in kind.make(choices, generator):
+        tried, stopped = play(strategy, endings)
+        rows = [*choices.predicted[tried].tolist(), *([] if stopped else unpredicted)]
+        rates = np.nan_to_num(grid.tokens_per_s_per_gpu[rows])
         so_far = np.maximum.accumulate(rates)
         good = np.flatnonzero(so_far >= (1 - TOLERANCE) * best)
         to_good.append(float(good[0] + 1) if len(good) else np.inf)
-        counted.append(int(good[0] + 1) if len(good) else len(tried))
+        counted.append(int(good[0] + 1) if len(good) else len(rows))
         failed.append(int(np.sum(rates[: counted[-1]] == 0.0)))
         regret = 1 - np.concatenate([[0.0], so_far]) / best
-        regrets.append([float(regret[min(k, len(tried))]) for k in CHECKPOINTS])
-        if stopped:
-            stops.append((len(tried), float(regret[-1])))
-    stopped_always = len(stops) == len(strategies)
+        regrets.append([float(regret[min(k, len(rows))]) for k in CHECKPOINTS])
+        if kind.stops:
+            stops.append((len(rows), int(np.sum(rates == 0.0)), float(regret[-1])))
     return GridResult(
         grid_id=grid.grid_id,
         dataset=grid.dataset,
@@ -290,8 +329,9 @@ def _judge(grid: _Grid, name: str, strategies: Sequence[Strategy]) -> GridResult
         regret=dict(zip(CHECKPOINTS, np.mean(regrets, axis=0).tolist(), strict=True)),
         failed_runs=float(np.mean(failed)),
         runs=float(np.mean(counted)),
-        runs_to_stop=float(np.median([n for n, _ in stops])) if stopped_always else None,
-        final_regret=float(np.mean([r for _, r in stops])) if stopped_always else None,
+        runs_to_stop=float(np.median([n for n, _, _ in stops])) if stops else None,
+        failed_to_stop=float(np.mean([n for _, n, _ in stops])) if stops else None,
+        final_regret=float(np.mean([r for _, _, r in stops])) if stops else None,
     )
 
 
@@ -327,7 +367,7 @@ def replay(
     for grid, choices in zip(told, _choices(frame, told, predicts=kind.predicts), strict=True):
         # Of its own for each grid, so that a grid played alone gives what it gives among others.
         generator = np.random.default_rng([seed, zlib.crc32(grid.grid_id.encode())])
-        results.append(_judge(grid, strategy, kind.make(choices, generator)))
+        results.append(_judge(grid, choices, strategy, kind, generator))
         unpredicted += len(grid.at) - len(choices.predicted) if kind.predicts else 0
         if time.monotonic() - since > SAY_EVERY_S:
             since = time.monotonic()
@@ -369,16 +409,19 @@ def _choices(frame: pd.DataFrame, grids: Sequence[_Grid], *, predicts: bool) -> 
     shown = frame.drop(columns=[c for c in _RESULTS if c in frame])
     if not predicts or not grids:
         for grid in grids:
-            yield Choices(rows=shown.iloc[grid.at], predictions=None, predicted=np.empty(0, dtype=np.int64))
+            yield Choices(rows=shown.iloc[grid.at], landscape=None, predicted=np.arange(len(grid.at)))
         return
     expected = forecast(shown.iloc[np.concatenate([g.at for g in grids])].reset_index(drop=True))
     start = 0
     for grid in grids:
         end = start + len(grid.at)
         entries = np.arange(*np.searchsorted(expected.row, [start, end]))
+        predictions = expected.predictions.select(entries)
+        # Recorded runs are what is wanted: nothing stands for anything larger. Rows of a grid share their GPU.
+        limit_gib = float(np.median(expected.setting.memory_bytes[entries])) / GIB if len(entries) else 0.0
         yield Choices(
             rows=shown.iloc[grid.at],
-            predictions=expected.predictions.select(entries),
+            landscape=Landscape(target=predictions, run=predictions, memory_gib=limit_gib),
             predicted=expected.row[entries] - start,
         )
         start = end
@@ -419,7 +462,7 @@ def _within(frame: pd.DataFrame, source: str, max_tp: int | None, max_nodes: int
 
 def _grids(frame: pd.DataFrame, source: str) -> Sequence[_Grid]:
     """The grids in the order of their first rows."""
-    rates, counts = _outcomes(frame)
+    rates, oom, counts = _outcomes(frame)
     ids, datasets, uses = (_words(frame, column) for column in ("grid_id", "dataset", "grid_use"))
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(ids):
@@ -437,13 +480,17 @@ def _grids(frame: pd.DataFrame, source: str) -> Sequence[_Grid]:
                 primary=uses[members[0]] == "primary",
                 at=at,
                 tokens_per_s_per_gpu=rates[at],
+                oom=oom[at],
             )
         )
     return grids
 
 
-def _outcomes(frame: pd.DataFrame) -> tuple[Column, NDArray[np.bool_]]:
-    """Each row's throughput, NaN for a failure, and whether the row counts: not if it went well, nobody knows how."""
+def _outcomes(frame: pd.DataFrame) -> tuple[Column, BoolColumn, BoolColumn]:
+    """Each row's throughput, NaN for a failure, whether it is proven out of memory, and whether the row counts.
+
+    It does not if it went well and nobody knows how well.
+    """
     empty = pd.Series(np.nan, index=frame.index)
     gbs, seq, iter_s, gpus = (frame.get(c, empty) for c in ("gbs", "seq", "iter_s", "gpus"))
     rate = frame.get("tps_gpu_norm", empty).fillna(frame.get("tokens_per_s_per_gpu", empty))
@@ -451,7 +498,8 @@ def _outcomes(frame: pd.DataFrame) -> tuple[Column, NDArray[np.bool_]]:
     known = np.isfinite(rates) & (rates > 0)
     words = np.array(_words(frame, "outcome"), dtype=np.str_)
     ok = (words == "ok") | ((words == "") & known)
-    return np.where(ok & known, rates, np.nan), known | ~ok
+    oom = (words == "oom") | (tables.numbers(frame, "oom") == 1)
+    return np.where(ok & known, rates, np.nan), oom & ~ok, known | ~ok
 
 
 def _words(frame: pd.DataFrame, column: str) -> list[str]:
@@ -478,6 +526,7 @@ def as_json(made: Replay) -> Mapping[str, Any]:
                 "regret": {str(k): v for k, v in g.regret.items()},
                 "failed_runs": _number(g.failed_runs),
                 "runs_to_stop": _number(g.runs_to_stop),
+                "failed_to_stop": _number(g.failed_to_stop),
                 "final_regret": g.final_regret,
             }
             for g in made.grids
@@ -499,6 +548,12 @@ def as_json(made: Replay) -> Mapping[str, Any]:
                     "runs_to_2pct": {"median": _number(s.runs_to_2pct_median), "p90": _number(s.runs_to_2pct_p90)},
                     "regret": {str(k): v for k, v in s.regret.items()},
                     "failed_share": s.failed_share,
+                    "stopped": s.stopped
+                    and {
+                        "runs": {"median": _number(s.stopped.runs_median), "p90": _number(s.stopped.runs_p90)},
+                        "failed_share": s.stopped.failed_share,
+                        "within_1pct_share": s.stopped.good_share,
+                    },
                 }
                 for s in made.summary
             ],
@@ -524,6 +579,15 @@ def print_replay(made: Replay, console: Console, *, each_grid: bool = False) -> 
             "@n: how far the best layout after n runs is short of the best of all",
             style="dim",
         )
+        if any(s.stopped for s in made.summary):
+            console.print()
+            console.print(_stop_table(made))
+            console.print(
+                "runs: until it stopped\n"
+                "failed: how many of those runs failed\n"
+                f"good: in how many grids it had a layout within {FINAL_TOLERANCE:.0%} of the best by then",
+                style="dim",
+            )
     else:
         console.print("No grid was played.")
     if made.unpredicted_rows:
@@ -553,6 +617,26 @@ def _summary_table(made: Replay) -> Table:
             *(f"{s.regret[k]:.1%}" for k in SUMMARY_CHECKPOINTS),
             f"{s.failed_share:.0%}",
         )
+    return table
+
+
+def _stop_table(made: Replay) -> Table:
+    table = Table(title=f"Where {made.strategy} stopped", title_justify="left", box=None)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("use")
+    for heading in ("grids", "median runs", "90 % runs", "failed", "good"):
+        table.add_column(heading, justify="right")
+    for s in made.summary:
+        if s.stopped is not None:
+            table.add_row(
+                escape(s.dataset) or "–",
+                "primary" if s.primary else "other",
+                str(s.grids),
+                _shown(s.stopped.runs_median),
+                _shown(s.stopped.runs_p90),
+                f"{s.stopped.failed_share:.0%}",
+                f"{s.stopped.good_share:.0%}",
+            )
     return table
 
 

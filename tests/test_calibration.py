@@ -241,6 +241,22 @@ def test_memory_is_learned_too(frame: pd.DataFrame, expected: Forecast) -> None:
     assert found.predictions.step_time_s == pytest.approx(expected.predictions.step_time_s)
 
 
+# ---------------------------------------------------------------- one landscape
+
+
+@pytest.mark.parametrize("error", [0.05, 0.15, 0.6])
+def test_an_error_is_split_between_factors_and_misfit(error: float, shares: Column) -> None:
+    prior = Calibration.split(STEP_TIME_FACTORS, error, shares, (0.08, 0.15))
+    assert prior.misfit == pytest.approx(min(max(0.8 * error, 0.08), 0.15))
+    of_factors = np.sqrt(prior.error(shares) ** 2 - prior.misfit**2)
+    assert np.median(of_factors) <= 0.6 * error * 1.001
+    assert (prior.doubt <= DEVIATIONS * 1.001).all()
+    if error < 0.1:  # the factors have all of the rest, in their usual proportions
+        assert np.median(of_factors) == pytest.approx(0.6 * error)
+        assert prior.doubt / DEVIATIONS == pytest.approx(prior.doubt[0] / DEVIATIONS[0])
+    assert prior.total(shares) == pytest.approx(shares.sum(axis=1))
+
+
 # ---------------------------------------------------------------- published runs
 
 CLEAN = ("aleph", "vtrain_single", "vtrain_multi")

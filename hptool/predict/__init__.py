@@ -56,14 +56,14 @@ class Predictions:
         if not len(self):
             return np.empty(0, dtype=np.int64)
         expected = self.tokens_per_s_per_gpu * self.p_fit
-        best = int(np.argmax(np.where(self._recomputes_in_vain(), 0.0, expected)))
+        best = int(np.argmax(np.where(self.recomputes_in_vain(), 0.0, expected)))
         gain = self.p_fit * expected_gain(
             self.tokens_per_s_per_gpu, self.step_time_error, self.tokens_per_s_per_gpu[best]
         )
         gain[best] = np.inf
-        return np.lexsort((-expected, -gain, self._recomputes_in_vain()))
+        return np.lexsort((-expected, -gain, self.recomputes_in_vain()))
 
-    def _recomputes_in_vain(self) -> BoolColumn:
+    def recomputes_in_vain(self) -> BoolColumn:
         """Rows whose twin without recomputation is expected to be as fast and to need no more memory."""
         t = self.layouts
         cut = np.column_stack([t.tp, t.pp, t.vpp, t.cp, t.ep, t.mbs])

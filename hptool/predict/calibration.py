@@ -4,6 +4,7 @@ Each factor stretches what one thing takes: GEMMs, attention, memory, links, the
 layout, so what is learned on some layouts holds for all of them. Pure NumPy.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,18 +39,18 @@ _USUAL_ERROR = 0.1
 _SYSTEMATIC = 0.4
 
 #: What no factor explains on a stack that was not fitted: the scatter of published runs within a grid.
-_USUAL_MISFIT = 0.08
+USUAL_MISFIT = 0.08
 
 #: How many measurements the prior of the misfit is worth, and what of the uncalibrated error is misfit: what no factor
 #: explains. Over published grids the scatter within a grid is some eight tenths of the error before calibration.
-_MISFIT_WORTH = 6.0
-_MISFIT_SHARE = 0.8
+MISFIT_WORTH = 6.0
+MISFIT_SHARE = 0.8
 
 #: Residuals of more than so many misfits count less (Huber's weights): a run may have been disturbed.
-_OUTLIER = 1.0
+OUTLIER = 1.0
 
 #: Threefold, as a logarithm: what no factor strays beyond, whatever a few odd runs say.
-_FARTHEST = 1.1
+FARTHEST = 1.1
 
 _ITERATIONS = 20
 
@@ -82,7 +83,32 @@ class Calibration:
             names=tuple(factors),
             log_mean=np.zeros(len(deviations)),
             log_covariance=np.diag(deviations**2),
-            misfit=_MISFIT_SHARE * error if fitted else _USUAL_MISFIT,
+            misfit=MISFIT_SHARE * error if fitted else USUAL_MISFIT,
+            doubt=deviations,
+        )
+
+    @classmethod
+    def split(
+        cls,
+        factors: Mapping[str, tuple[tuple[str, ...], float]],
+        error: float,
+        shares: Column,
+        bounds: tuple[float, float],
+    ) -> "Calibration":
+        """Before any measurement of rows with these `shares`, each predicted with this relative `error`.
+
+        The misfit has its part of the error, within `bounds`. The factors have the rest, in the proportions that are
+        usual between clusters, and none of them more than is usual.
+        """
+        usual = np.array([deviation for _, deviation in factors.values()])
+        slope = shares / shares.sum(axis=1)[:, None]
+        of_rows = np.sqrt((slope**2) @ usual**2)
+        deviations = usual * min(1.0, math.sqrt(1 - MISFIT_SHARE**2) * error / float(np.median(of_rows)))
+        return cls(
+            names=tuple(factors),
+            log_mean=np.zeros(len(deviations)),
+            log_covariance=np.diag(deviations**2),
+            misfit=min(max(MISFIT_SHARE * error, bounds[0]), bounds[1]),
             doubt=deviations,
         )
 
@@ -109,14 +135,14 @@ class Calibration:
             total = stretched.sum(axis=1)
             slope = stretched / total[:, None]
             off = np.log(measured / total)
-            weight = np.minimum(1.0, _OUTLIER * misfit / np.maximum(np.abs(off), 1e-12)) / misfit**2
+            weight = np.minimum(1.0, OUTLIER * misfit / np.maximum(np.abs(off), 1e-12)) / misfit**2
             curvature = precision + slope.T @ (slope * weight[:, None])
             step = np.linalg.solve(curvature, slope.T @ (weight * off) - precision @ (mean - self.log_mean))
-            mean = np.clip(mean + step, -_FARTHEST, _FARTHEST)
+            mean = np.clip(mean + step, -FARTHEST, FARTHEST)
             if np.max(np.abs(step)) < 1e-6:  # noqa: PLR2004 (a millionth of a factor)
                 break
         off = np.log(measured / (shares * np.exp(mean)).sum(axis=1))
-        worth = _MISFIT_WORTH
+        worth = MISFIT_WORTH
         misfit = float(np.sqrt((worth * self.misfit**2 + np.sum(off**2)) / (worth + len(measured))))
         return replace(self, log_mean=mean, log_covariance=np.linalg.inv(curvature), misfit=misfit)
 
