@@ -10,6 +10,7 @@ from typing import Protocol
 
 from hptool.facts import Cluster
 from hptool.measurement import FailureKind
+from hptool.secrets import is_secret
 from hptool.units import SECONDS_PER_MINUTE
 from hptool.worker.supervisor import NodeJob
 
@@ -71,10 +72,13 @@ class Launcher(Protocol):
         """
 
     def find(self, tokens: Sequence[str]) -> dict[str, str]:
-        """Ids of the jobs that carry these tokens, by token; those that the scheduler still knows."""
+        """Ids of the jobs that carry these tokens, by token; those that the scheduler still knows.
+
+        Raises BusyError where it cannot be asked now, for that is no sign that there are none.
+        """
 
     def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
-        """The state of each job."""
+        """The state of each job; where the scheduler cannot be asked now the last one known, with why in its detail."""
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """End the jobs; when this returns none of them runs any more, or LaunchError says which may."""
@@ -102,8 +106,18 @@ def node_job(run: Run, cluster: Cluster, owner_pid: int | None) -> NodeJob:
         max_minutes=run.max_minutes,
         memory_gib_per_rank=cluster.gpu.memory_gib if cluster.gpu.device == "cpu" else None,
         owner_pid=owner_pid,
-        environment=dict(cluster.environment) if cluster.scheduler == "local" else {},
+        environment=worker_environment(cluster),
     )
+
+
+def worker_environment(cluster: Cluster) -> dict[str, str]:
+    """What a local job has to set for itself; a Slurm job's script does it.
+
+    This lies in files of the results directory, so secrets are not among it: `LocalLauncher` hands them on.
+    """
+    if cluster.scheduler != "local":
+        return {}
+    return {name: value for name, value in cluster.environment.items() if not is_secret(name)}
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import submitit
 
@@ -13,11 +14,14 @@ from hptool.errors import LaunchError
 from hptool.facts import Cluster
 from hptool.launch.jobs import SCHEDULER_MARGIN_MINUTES, JobState, JobStatus, Run, Started, blocked, node_job
 from hptool.measurement import FailureKind
+from hptool.secrets import is_secret
 from hptool.worker.supervisor import run_node
 
 #: How long cancelled local processes may take to go, and how often they are told.
 _CANCEL_S = 20
 _RESEND_S = 0.2
+
+T = TypeVar("T")
 
 
 class LocalLauncher:
@@ -33,19 +37,30 @@ class LocalLauncher:
 
     def submit(self, runs: Sequence[Run], started: Started) -> None:
         """As `Launcher.submit`."""
-        executor = submitit.LocalExecutor(self._folder)
         for run in runs:
-            executor.update_parameters(
-                timeout_min=run.max_minutes + SCHEDULER_MARGIN_MINUTES,
-                tasks_per_node=1,
-                gpus_per_node=self._cluster.gpus_per_node if self._cluster.gpu.device == "cuda" else 0,
-                stderr_to_stdout=True,
-            )
-            # Deaf, so that a terminal's Ctrl-C reaches hptool alone, which ends its jobs in order.
-            with blocked(signal.SIGINT):
-                job = executor.submit(run_node, node_job(run, self._cluster, os.getpid()))
-            self._jobs[job.job_id] = job
-            started(run, job.job_id)
+            job = node_job(run, self._cluster, os.getpid())
+            minutes = run.max_minutes + SCHEDULER_MARGIN_MINUTES
+            job_id = self.start(run_node, job, name=run.name, nodes=run.nodes, max_minutes=minutes, token=run.token)
+            started(run, job_id)
+
+    def start(
+        self, function: Callable[[T], None], argument: T, *, name: str, nodes: int, max_minutes: float, token: str
+    ) -> str:
+        """Starts one process that calls `function(argument)`; the id of its job."""
+        del name, nodes, token  # a local cluster has one node, and its jobs are found by nobody else
+        executor = submitit.LocalExecutor(self._folder)
+        executor.update_parameters(
+            timeout_min=max_minutes,
+            tasks_per_node=1,
+            gpus_per_node=self._cluster.gpus_per_node if self._cluster.gpu.device == "cuda" else 0,
+            stderr_to_stdout=True,
+        )
+        secrets = {name: value for name, value in self._cluster.environment.items() if is_secret(name)}
+        # Deaf, so that a terminal's Ctrl-C reaches hptool alone, which ends its jobs in order.
+        with blocked(signal.SIGINT), _inherited(secrets):
+            job: submitit.Job[None] = executor.submit(function, argument)
+        self._jobs[job.job_id] = job
+        return str(job.job_id)
 
     def status(self, job_ids: Sequence[str]) -> dict[str, JobStatus]:
         """As `Launcher.status`; a job of another process is lost, for it ended with that process."""
@@ -84,3 +99,17 @@ class LocalLauncher:
     def log_path(self, job_id: str) -> Path:
         """As `Launcher.log_path`."""
         return self._folder / f"{job_id}_0_log.out"
+
+
+@contextlib.contextmanager
+def _inherited(environment: Mapping[str, str]) -> Iterator[None]:
+    """Within, processes that are started have these variables: submitit would hand them on in a file."""
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
