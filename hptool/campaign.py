@@ -1,15 +1,18 @@
 """The runs of a search while they are under way: order, launch, collect, until nothing is left to do."""
 
+import contextlib
+import os
 import signal
 import time
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import FrameType
 
 from hptool import cost, files, launch
 from hptool.cost import Dispatch
 from hptool.course import Course, Order, Timing, Wait, next_order
-from hptool.errors import BusyError
+from hptool.errors import BusyError, LaunchError
 from hptool.measurement import Failure, FailureKind, Measurement, Outcome
 from hptool.plan import Plan
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
@@ -17,7 +20,7 @@ from hptool.secrets import redact
 from hptool.strategy import Ending, Stop
 from hptool.timed_runs import timed_run
 from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
-from hptool.watch import MEASURING, Screen, Snapshot, duration, snapshot
+from hptool.watch import INTERRUPTED, MEASURING, Screen, Snapshot, duration, snapshot
 
 #: How long a job's files may take to appear after the scheduler says that it ended (shared file systems lag).
 _SETTLE_S = 5.0
@@ -97,6 +100,13 @@ def _timing(course: Course, row: int, record: OutcomeRecord, *, again: bool) -> 
     )
 
 
+def spent_gpu_hours(plan: Plan, results: ResultsDirectory, records: Collection[OutcomeRecord]) -> float:
+    """What all jobs have held: those of one run, and allocations in which runs follow each other, idle or at work."""
+    in_runs = sum(record.gpu_hours for record in records)
+    own_jobs = sum(record.gpu_hours for record in records if "#" not in (record.job_id or ""))
+    return max(in_runs, own_jobs + launch.allocated_gpu_hours(results.path / "jobs", plan.cluster.gpus_per_node))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Work:
     """How a campaign acts: the way its runs are submitted, who takes them, and who is told."""
@@ -125,6 +135,7 @@ class Campaign:
         self._started = time.monotonic()
         self._told_at = self._status_at = self._started
         self._retry_at, self._back_off_s = self._started, 0.0
+        self._has_taken_over = False
         self._doing = MEASURING
 
     # ------------------------------------------------------------ what is known
@@ -149,12 +160,21 @@ class Campaign:
 
     def _status(self) -> Status:
         states = {run: flight.state for run, flight in self.under_way.items()}
-        return Status(doing=self._doing, elapsed_s=time.monotonic() - self._started, states=states)
+        elapsed_s = time.monotonic() - self._started
+        return Status(doing=self._doing, elapsed_s=elapsed_s, gpu_hours=self._spent_gpu_hours(), states=states)
+
+    def _spent_gpu_hours(self) -> float:
+        return spent_gpu_hours(self.plan, self.results, self.outcomes.values())
 
     # ------------------------------------------------------------ starting
 
     def take_over(self) -> None:
-        """Collect what an earlier process submitted: outcomes that it did not record, jobs that still live."""
+        """Collect what an earlier process submitted: outcomes that it did not record, jobs that still live.
+
+        Once only. BusyError where the scheduler cannot be asked now: without its word a run might be made twice.
+        """
+        if self._has_taken_over:
+            return
         open_runs = {
             run: s for run, s in self._submissions.items() if run not in self.outcomes and s.name in self._rows
         }
@@ -176,13 +196,14 @@ class Campaign:
                 self.under_way[run] = flight
             elif outcome is not None:
                 self._settle(flight, outcome)
+        self._has_taken_over = True
 
     def _note(self, submission: Submission) -> None:
         self._submissions[submission.run] = submission
         self.results.record_submission(submission)
 
     def submit(self, orders: Sequence[Order]) -> None:
-        """Start these runs; those that the scheduler does not take now are left for later."""
+        """Start these runs; BusyError where the scheduler does not take them all now, and some are left for later."""
         runs = []
         for order in orders:
             layout = self.course.landscape.target.layouts.row(order.row)
@@ -207,13 +228,6 @@ class Campaign:
             runs.append(planned_run(self.plan, self.results, submission.run, order.nodes, submission.token))
         try:
             self.launcher.submit(runs, self._was_started)
-        except BusyError as error:
-            low_s, high_s = _BACK_OFF_S
-            self._back_off_s = min(high_s, max(low_s, 2 * self._back_off_s))
-            self._retry_at = time.monotonic() + self._back_off_s
-            self.screen.say(f"{error}; trying again in {duration(self._back_off_s)}")
-        else:
-            self._back_off_s = 0.0
         finally:
             for run in runs:
                 if self.under_way[run.name].submission.job_id is None:
@@ -289,7 +303,7 @@ class Campaign:
         if "oom-kill" in text or "memory limit" in text or "Out Of Memory" in text:
             kind = FailureKind.OOM
         own = [line for line in text.strip().splitlines() if not line.startswith("submitit ")]
-        last = redact((own or [""])[-1])
+        last = redact((own or [""])[-1], {**os.environ, **self.plan.cluster.environment})
         return Failure(kind=kind, message=f"{status.detail}{f'; last line: {last}' if last else ''}", log_path=str(log))
 
     def _settle(self, flight: _Flight, outcome: Outcome, *, may_run_again: bool = False) -> None:
@@ -352,7 +366,7 @@ class Campaign:
         flying = [(f.row, f.submission.steps, f.submission.nodes) for f in self.under_way.values()]
         flying += [(x.row, x.steps, x.nodes) for x in (*orders, order)]
         gpu_s = sum(self._expected_s(*run) * run[2] * per_node for run in flying)
-        spent = sum(record.gpu_hours for record in self.outcomes.values()) + gpu_s / SECONDS_PER_HOUR
+        spent = self._spent_gpu_hours() + gpu_s / SECONDS_PER_HOUR
         if spent > request.budget_gpu_hours:
             return f"another run would exceed --budget-gpu-hours {request.budget_gpu_hours:g}"
         return None
@@ -365,11 +379,7 @@ class Campaign:
         max_hours = self.plan.request.max_hours
         while True:
             self.collect()
-            why: str | None = None
-            if time.monotonic() >= self._retry_at:
-                orders, why = self.next_orders()
-                if orders:
-                    self.submit(orders)
+            why = self._go_on() if time.monotonic() >= self._retry_at else None
             if why is not None and not self.under_way:
                 self.launcher.close()
                 self.finish(f"done: {why}")
@@ -382,29 +392,57 @@ class Campaign:
             self._tell()
             time.sleep(self.launcher.poll_s)
 
+    def _go_on(self) -> str | None:
+        """Start what there is to start; why nothing is left, where that is so. A busy scheduler is left alone first."""
+        try:
+            self.take_over()
+            orders, why = self.next_orders()
+            if orders:
+                self.submit(orders)
+        except BusyError as error:
+            low_s, high_s = _BACK_OFF_S
+            self._back_off_s = min(high_s, max(low_s, 2 * self._back_off_s))
+            self._retry_at = time.monotonic() + self._back_off_s
+            self.screen.say(f"{error}; trying again in {duration(self._back_off_s)}")
+            return None
+        self._back_off_s = 0.0
+        return why
+
     def _tell(self) -> None:
         self.screen.show(self.snapshot)
         if time.monotonic() - self._status_at > _STATUS_S:
             self._status_at = time.monotonic()
-            self.results.write_status(self._status())
+            self._write_status()
 
     def finish(self, doing: str) -> None:
         """What those who watch are told at the end."""
         self._doing = doing
-        self.results.write_status(self._status())
+        self._write_status()
+
+    def _write_status(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk ends a search where something would be lost by it
+            self.results.write_status(self._status())
 
     def cancel(self) -> None:
-        """End every job under way; what already ended is recorded first, the rest is left for --resume."""
+        """End every job under way; what already ended is recorded, the rest is left for --resume.
+
+        LaunchError where a job may still run.
+        """
         job_ids = [f.submission.job_id for f in self.under_way.values() if f.submission.job_id is not None]
-        with launch.blocked(signal.SIGINT):  # an impatient second Ctrl-C must not leave half of them
+        with contextlib.ExitStack() as afterwards:
+            afterwards.callback(self._record_measured)
+            afterwards.callback(self.launcher.close)  # first
             if job_ids:
-                self.screen.say(f"cancelling {len(job_ids)} jobs: {', '.join(job_ids)}")
+                self.screen.say(f"cancelling {', '.join(job_ids)}")
                 self.launcher.cancel(job_ids)
-            self.launcher.close()
-            for run, flight in list(self.under_way.items()):
-                outcome = self.results.read_outcome(run)
-                if isinstance(outcome, Measurement):
-                    self._settle(flight, outcome)
+
+    def _record_measured(self) -> None:
+        for run, flight in list(self.under_way.items()):
+            outcome = self.results.read_outcome(run)
+            if isinstance(outcome, Measurement):
+                self._settle(flight, outcome)
+        if self.under_way:
+            self.screen.say(f"left for --resume: {', '.join(self.under_way)}")
 
 
 def _ran_s(flight: _Flight, measured: Measurement | None) -> float:
@@ -414,16 +452,48 @@ def _ran_s(flight: _Flight, measured: Measurement | None) -> float:
     return max(own_s, seen_s)
 
 
-def measure(plan: Plan, course: Course, dispatch: Dispatch, results: ResultsDirectory, screen: Screen) -> str:
+def measure(plan: Plan, course: Course, results: ResultsDirectory, work: Work) -> str:
     """Order, launch and collect until the course is run, and say why it ended; an interruption leaves no job behind."""
-    launcher = launch.launcher(plan.cluster, results.path / "jobs", dispatch.submit)
-    campaign = Campaign(plan, course, results, Work(dispatch=dispatch, launcher=launcher, screen=screen))
+    campaign = Campaign(plan, course, results, work)
     if campaign.outcomes:
-        screen.say(f"{len(campaign.outcomes)} runs ended before, and are not repeated")
+        work.screen.say(f"{len(campaign.outcomes)} runs ended before, and are not repeated")
+    with _interrupted_once() as be_deaf:
+        try:
+            return campaign.run()
+        except BaseException:
+            be_deaf()
+            try:
+                campaign.cancel()
+            except LaunchError as error:  # but why it ended at all is to be known too
+                work.screen.say(str(error))
+            campaign.finish(INTERRUPTED)
+            raise
+
+
+@contextlib.contextmanager
+def _interrupted_once() -> Iterator[Callable[[], None]]:
+    """Within, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt with their number, but only the first one is heard.
+
+    Whoever is impatient, or sends two of them at once, must not get half of the clearing up. What this gives makes
+    the process deaf to them before there was any.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def be_deaf() -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        be_deaf()
+        raise KeyboardInterrupt(number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
     try:
-        campaign.take_over()
-        return campaign.run()
-    except BaseException:
-        campaign.cancel()
-        campaign.finish("interrupted; --resume goes on")
-        raise
+        yield be_deaf
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -168,6 +168,8 @@ def search_train_command(
             click.echo(json.dumps(report.as_json(made, directory), indent=2))
         else:
             report.print_table(made, Console(highlight=False), output_top_n)
+            for script in search.scripts(directory, made)[:1] if request.dry_run else []:
+                click.echo(f"the job of the first of them, {script}:\n\n{script.read_text(encoding='utf-8')}")
             click.echo(f"report: {directory / 'report.html'}")
         if made.winner is None and made.spent.ended is not None:
             raise LaunchError(f"{report.why_nothing_ran(made)} See {directory / 'report.html'}")

@@ -11,6 +11,7 @@ import numpy as np
 from hptool.candidates import IntColumn
 from hptool.course import RIVALS, Course
 from hptool.facts import Cluster, Submit
+from hptool.launch.jobs import IDLE_S
 from hptool.predict.parts import Column
 from hptool.strategy import Adaptive, InOrder
 from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
@@ -21,16 +22,12 @@ LOCAL_OVERHEAD_S = 8.0
 #: What a run costs besides its steps inside an allocation that is there: a fork, a process group, the model's weights.
 _NEXT_RUN_S = 3.0
 
-#: For how long an allocation on Slurm that is kept for the next run waits for one, its GPUs idle (`launch.packed`).
-_KEPT_S = 120.0
-
 #: Allocations are kept for the next run only where that saves this share of the GPU hours, because runs in one
 #: allocation wait for each other.
 _WORTH_PACKING = 0.1
 
-#: Layouts that a search by expectation times before it stops: the median over published grids is three, and some are
-#: timed twice.
-_USUAL_LAYOUTS = 4
+#: Layouts that the adaptive strategy times before it stops: the median over published grids.
+_USUAL_LAYOUTS = 8
 
 #: Layouts that are usually timed longer: the leader and one that its short timing does not tell from it.
 _USUAL_FINALISTS = 2
@@ -138,7 +135,7 @@ def estimate(
     minutes: float,
     parallel: int,
     packed: bool,
-    idle_s: float = _KEPT_S,
+    idle_s: float = IDLE_S,
 ) -> Estimate:
     """What the search may cost if it takes the layouts in this order; `minutes` is the limit of one run."""
     most_s = minutes * SECONDS_PER_MINUTE
@@ -207,7 +204,7 @@ def choose(
             minutes=minutes,
             parallel=dispatch(way).parallel or (cluster.slurm.array_parallelism if slurm else 1),
             packed=way in ("packed", "hyperqueue"),
-            idle_s=_KEPT_S if slurm else math.inf,
+            idle_s=IDLE_S if slurm else math.inf,
         )
 
     if submit is None:

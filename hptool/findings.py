@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hptool import files, report, train
-from hptool.campaign import timings_of
+from hptool.campaign import spent_gpu_hours, timings_of
 from hptool.candidates import Layouts
 from hptool.cost import Estimate
 from hptool.course import Course, Standing, standing
@@ -57,7 +57,7 @@ def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
         planned_runs=plan.planned_runs,
         predictions=plan.predictions,
         spent=report.Spent(
-            gpu_hours=sum(record.gpu_hours for record in records.values()),
+            gpu_hours=spent_gpu_hours(plan, results, records.values()),
             runs=len(records),
             grid_layouts=estimate.grid_layouts,
             grid_gpu_hours=estimate.grid_gpu_hours,

@@ -20,7 +20,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,11 +92,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """A search at work, as it last said: what it does, since when, and the scheduler's word on each run under way."""
+    """A search at work, as it last said: what it does, for how long, and the scheduler's word on each run under way.
+
+    `gpu_hours` is what its jobs have held, those of allocations between two runs too.
+    """
 
     doing: str
     elapsed_s: float
-    states: Mapping[str, str]
+    gpu_hours: float = 0.0
+    states: Mapping[str, str] = field(default_factory=dict)
 
 
 class ResultsDirectory:

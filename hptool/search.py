@@ -44,10 +44,8 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
         elif plan.cluster.scheduler == "slurm" and not confirm():
             note, ended = "Everything was written, nothing was launched.", None
         else:
-            note, ended = (
-                None,
-                measure(plan, course, results, Work(dispatch=dispatch, launcher=launcher, screen=screen)),
-            )
+            work = Work(dispatch=dispatch, launcher=launcher, screen=screen)
+            note, ended = None, measure(plan, course, results, work)
             screen.say(f"ended: {ended}")
         found = Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended)
         made = make_report(found, [note] if note else [])
@@ -55,6 +53,12 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
     finally:
         results.close()
     return made, plan.directory
+
+
+def scripts(directory: Path, made: report.Report) -> list[Path]:
+    """The batch scripts that run the best predicted layouts by hand, best first; none where there is no Slurm."""
+    paths = (directory / "scripts" / expected.layout.name / "run.sh" for expected in made.expected)
+    return [path for path in paths if path.is_file()]
 
 
 def read_report(directory: Path) -> report.Report:
@@ -97,13 +101,15 @@ def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]
     )
     lines = [cost_line]
     if plan.cluster.scheduler == "slurm":
-        minutes = math.ceil(request.max_minutes_per_run) + launch.SCHEDULER_MARGIN_MINUTES
         for asked in estimate.asked:
-            kind = "allocation, kept for one run after the other," if dispatch.submit == "packed" else "jobs"
-            lines.append(
-                f"the scheduler is asked for up to {asked.jobs} {kind} of {asked.nodes} nodes ({asked.gpus} GPUs), "
-                f"{minutes} minutes each"
-            )
+            nodes = f"{asked.nodes} node{'s' if asked.nodes > 1 else ''} ({asked.gpus} GPUs)"
+            if dispatch.submit == "packed":
+                minutes = launch.lane_minutes(asked.minutes)
+                wanted = f"an allocation of {nodes} for up to {minutes:.0f} minutes, given back when no run needs it"
+            else:
+                minutes = math.ceil(asked.minutes) + launch.SCHEDULER_MARGIN_MINUTES
+                wanted = f"up to {asked.jobs} jobs of {nodes}, {minutes:.0f} minutes each"
+            lines.append(f"the scheduler is asked for {wanted}")
     return lines
 
 

@@ -336,7 +336,7 @@ def _submit(config: BaseConfig, cluster: Cluster, directory: Path, say: Say) -> 
     script = directory / "train.sh"
     configs, given = directory / orders.CONFIG, directory / orders.ORDERS
     files.write_text(script, launch.batch_script(parameters, configs, directory, orders=given))
-    job_id = launch.submit_script(script)
+    job_id = launch.submit_script(script, cluster)
     files.write_text(directory / _JOB, json.dumps({"job_id": job_id}))
     say(f"job {job_id}, by {script}; how far it is: {directory / 'progress.json'}; to stop it: scancel {job_id}")
     return job_id

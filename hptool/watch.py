@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ def snapshot(
     return Snapshot(
         doing=status.doing,
         elapsed_s=None if math.isnan(status.elapsed_s) else status.elapsed_s,
-        gpu_hours=sum(record.gpu_hours for record in outcomes.values()),
+        gpu_hours=max(status.gpu_hours, sum(record.gpu_hours for record in outcomes.values())),
         lines=tuple(lines),
         best=best.name if best else None,
         best_step_time_s=found.step_time_s if found else None,
@@ -165,7 +165,7 @@ def of_directory(results: ResultsDirectory) -> Snapshot:
         doing = MEASURING  # goes on, and has not said so yet
     elif not at_work and doing == MEASURING:
         doing = INTERRUPTED
-    status = Status(doing=doing, elapsed_s=said.elapsed_s if said else math.nan, states=said.states if said else {})
+    status = replace(said, doing=doing) if said else Status(doing=doing, elapsed_s=math.nan)
     return snapshot(results, submissions, outcomes, status, at_work=at_work)
 
 

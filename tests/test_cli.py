@@ -311,3 +311,13 @@ def test_a_report_is_made_anew_from_the_records(tmp_path: Path) -> None:
     assert answer["spent"]["gpu_hours"] == pytest.approx(3 * 2 / 60)
     steps = yaml.safe_load((run / "optimal.yaml").read_text())["trainer"]["max_steps"]
     assert answer["training"]["days"] == pytest.approx(steps * 0.4 / 86400)
+
+
+def test_a_dry_run_shows_the_script_that_the_scheduler_would_get(tmp_path: Path) -> None:
+    done = search(tmp_path, "--dry-run", "--nodes", "4", model="gpt3/5b", cluster="dgx-a100")
+    assert done.exit_code == 0, done.output
+    answer = json.loads(hptool("report", tmp_path / "run", "--json").stdout)
+    script = tmp_path / "run" / "scripts" / answer["predicted"][0]["name"] / "run.sh"
+    assert script.read_text() in done.stdout
+    assert "#SBATCH --gpus-per-node=8" in done.stdout
+    assert "#SBATCH" not in search(tmp_path / "other", "--dry-run").stdout  # on this machine there is no script

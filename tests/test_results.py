@@ -131,8 +131,8 @@ def test_candidates_are_written_whole_or_not_at_all(results: ResultsDirectory) -
 
 def test_the_status_is_what_was_said_last(results: ResultsDirectory) -> None:
     assert results.read_status() is None
-    results.write_status(Status(doing="measuring", elapsed_s=1.5, states={"a": "running"}))
-    assert results.read_status() == Status(doing="measuring", elapsed_s=1.5, states={"a": "running"})
+    results.write_status(Status(doing="measuring", elapsed_s=1.5, gpu_hours=0.25, states={"a": "running"}))
+    assert results.read_status() == Status(doing="measuring", elapsed_s=1.5, gpu_hours=0.25, states={"a": "running"})
     (results.path / "status.json").write_text('{"doing": "mea')
     assert results.read_status() is None
 

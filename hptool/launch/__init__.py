@@ -14,7 +14,7 @@ from hptool.facts import Cluster, Submit
 from hptool.launch.hyperqueue import HyperQueueLauncher
 from hptool.launch.jobs import OVERDUE_S, SCHEDULER_MARGIN_MINUTES, JobState, JobStatus, Launcher, Run, Started, blocked
 from hptool.launch.local import LocalLauncher
-from hptool.launch.packed import PackedLauncher, lane_minutes
+from hptool.launch.packed import PackedLauncher, allocated_gpu_hours, lane_minutes
 from hptool.launch.slurm import SlurmLauncher, is_queued, submit_script
 from hptool.launch.slurm_script import batch_script, run_parameters, slurm_parameters
 
@@ -31,6 +31,7 @@ __all__ = [
     "SlurmLauncher",
     "Started",
     "Submit",
+    "allocated_gpu_hours",
     "batch_script",
     "blocked",
     "is_queued",
@@ -60,4 +61,7 @@ def launcher(cluster: Cluster, folder: Path, submit: Submit | None = None) -> La
         )
     else:
         host = LocalLauncher(cluster, fresh)
-    return PackedLauncher(cluster, folder, host) if submit == "packed" else host
+    # A search that is resumed another way still has to know what became of the orders that it gave.
+    if submit == "packed" or (folder / "packs").exists():
+        return PackedLauncher(cluster, folder, host, takes_orders=submit == "packed")
+    return host

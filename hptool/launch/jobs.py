@@ -94,6 +94,9 @@ class Launcher(Protocol):
 #: run's plus this, so that the supervisor inside the job ends it first and says why.
 SCHEDULER_MARGIN_MINUTES = 3
 
+#: How long an allocation on Slurm that is kept for the next run waits for one: a hptool that died must not keep GPUs.
+IDLE_S = 120.0
+
 #: How long past its limit a running job is left to its supervisor and its scheduler before hptool cancels it.
 OVERDUE_S = (SCHEDULER_MARGIN_MINUTES + 2) * SECONDS_PER_MINUTE
 

@@ -18,6 +18,7 @@ from hptool import files
 from hptool.errors import BusyError, LaunchError
 from hptool.facts import Cluster
 from hptool.launch.jobs import (
+    IDLE_S,
     SCHEDULER_MARGIN_MINUTES,
     JobState,
     JobStatus,
@@ -28,14 +29,11 @@ from hptool.launch.jobs import (
     worker_environment,
 )
 from hptool.measurement import FailureKind
-from hptool.units import SECONDS_PER_DAY, SECONDS_PER_MINUTE
+from hptool.units import SECONDS_PER_DAY, SECONDS_PER_HOUR, SECONDS_PER_MINUTE
 from hptool.worker.pack import Lane, LaneJob, LanePlan, Order, OrderState, PackJob, run_pack, turn_s
 
 #: A lane has time for so many runs at their limits; most end before it. When it is over another one is started.
 _TURNS = 8
-
-#: How long a lane on Slurm waits for an order: a hptool that has died must not keep its GPUs.
-_IDLE_S = 120.0
 
 #: Local lanes have all the time that hptool has, and end with it.
 _LOCAL_MINUTES = 7 * SECONDS_PER_DAY / SECONDS_PER_MINUTE
@@ -55,7 +53,11 @@ _ALIVE = (JobState.PENDING, JobState.RUNNING)
 class Host(Protocol):
     """What lanes are started by: `LocalLauncher` or `SlurmLauncher`, as `Launcher` says, and jobs of any function."""
 
+    slots: int | None
     poll_s: float
+
+    def submit(self, runs: Sequence[Run], started: Started) -> None:
+        """As `Launcher.submit`."""
 
     def start(
         self,
@@ -90,29 +92,42 @@ def lane_minutes(max_minutes: float) -> float:
     return _TURNS * turn_s(max_minutes) / SECONDS_PER_MINUTE + SCHEDULER_MARGIN_MINUTES
 
 
+def allocated_gpu_hours(folder: Path, gpus_per_node: int) -> float:
+    """What the lanes of a search have held so far, from the start of their jobs, idle or at work."""
+    lanes = [Lane(directory=path) for path in folder.glob("packs/[0-9]*")]
+    node_s = sum(plan.nodes * lane.held_s() for lane in lanes if (plan := lane.plan()) is not None)
+    return node_s * gpus_per_node / SECONDS_PER_HOUR
+
+
 class PackedLauncher:
     """Runs as orders of lanes, each lane a job of `host`; their files lie in `folder`, the same in every process.
 
     A run's job id is JOB#NUMBER: the lane's job, and the number of the order, which no two of a search share. Other ids
     are the host's: of a search that was begun with a job for each run. A lane ends when nothing was ordered for
-    `idle_s`; without it, local ones wait as long as this process lives.
+    `idle_s`; without it, local ones wait as long as this process lives. One that takes no orders submits runs as the
+    host does, and only knows what became of earlier orders.
     """
 
-    #: A lane carries out one order at a time; the next is best chosen when the one before is known.
-    slots: int | None = 1
-
-    def __init__(self, cluster: Cluster, folder: Path, host: Host, *, idle_s: float | None = None) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, host: Host, *, idle_s: float | None = None, takes_orders: bool = True
+    ) -> None:
+        # A lane carries out one order at a time; the next is best chosen when the one before is known.
+        self.slots: int | None = 1 if takes_orders else host.slots
         self.poll_s = min(_POLL_S, host.poll_s)
+        self._takes_orders = takes_orders
         self._cluster = cluster
         self._packs = folder / "packs"
         self._host = host
         self._is_local = cluster.scheduler == "local"
-        self._idle_s = (math.inf if self._is_local else _IDLE_S) if idle_s is None else idle_s
+        self._idle_s = (math.inf if self._is_local else IDLE_S) if idle_s is None else idle_s
         self._lanes: dict[int, Lane] = {}  # by the numbers of their orders
         self._final: dict[int, JobStatus] = {}
 
     def submit(self, runs: Sequence[Run], started: Started) -> None:
         """As `Launcher.submit`."""
+        if not self._takes_orders:
+            self._host.submit(runs, started)
+            return
         for run in runs:
             lane = self._lane_for(run)
             order = Order(name=run.name, job=node_job(run, self._cluster, None), token=run.token)
@@ -285,9 +300,9 @@ class PackedLauncher:
         return found
 
     def _put_to_rest(self, lane: Lane, end: JobStatus) -> None:
-        """A node that the scheduler has lost sight of may go on with a lane that has ended; what is left runs elsewhere.
+        """Takes back what the lane has left to do, for it is run elsewhere.
 
-        So whatever it may note from now on changes nothing.
+        A node that the scheduler has lost sight of may go on; what it notes from now on changes nothing.
         """
         lane.closed.touch()
         for number in lane.numbers():

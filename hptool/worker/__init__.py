@@ -2,6 +2,7 @@
 
 __main__       the command: train from a config, as a node's supervisor or as one rank of torchrun
 supervisor     `run_node`: forks the node's ranks, watches them, ends them; imports torch and megatron late
+pack           many runs in one job, one after the other, each in processes of its own
 processes      forking a rank, its limits and its log; the heartbeat
 nodes          which node of the job this is, what its ranks are called, and where they meet
 refusals       what cannot run, said before anything is started

@@ -12,6 +12,7 @@ closed                nothing more will be ordered                              
 end.json              how the job ended                                                      by the launcher
 ready.json            `Ready`: orders are taken, and until when                              by the first node
 notes/00003.json      `Note`: how far the order is                                           by the first node
+held.json             `Held`: for how long the job has had its nodes                         by the first node
 over                  no order is taken any more, and why                                    by the first node
 life-0/00003.begin    in this life of the job (a requeue begins the next) it is its turn     by the first node
 life-0/00003.end-1    `NodeEnd`: the second node has nothing of it left                      by each node
@@ -107,6 +108,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """For how long the job has had its nodes: in earlier lives, and in this one up to now."""
+
+    earlier_s: float
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LanePlan:
     """What a lane's job was asked for. It carries `token`, as a run's job does."""
 
@@ -196,12 +205,18 @@ class Lane:
         """None until the job takes orders for the first time."""
         return _read(self.directory / "ready.json", Ready)
 
-    def write(self, value: Order | Note | Ready | LanePlan | LaneJob, number: int = 0) -> None:
+    def held_s(self) -> float:
+        """For how long its job has had its nodes, as it last said."""
+        held = _read(self.directory / "held.json", Held)
+        return held.earlier_s + held.now_s if held is not None else 0.0
+
+    def write(self, value: Order | Note | Ready | Held | LanePlan | LaneJob, number: int = 0) -> None:
         """Puts a value into its place: orders and notes under their number."""
         places = {
             Order: self._order(number),
             Note: self._note(number),
             Ready: self.directory / "ready.json",
+            Held: self.directory / "held.json",
             LanePlan: self.directory / "lane.json",
             LaneJob: self.directory / "job.json",
         }
@@ -258,6 +273,7 @@ class _Member:
         self._owner = processes.Process(job.owner_pid) if job.owner_pid is not None else None
         self._parent = os.getppid()
         self._settled: set[int] = set()
+        self._held_before_s = self._lane.held_s()
         self.own_children: frozenset[int] = frozenset()
 
     def lead(self) -> None:
@@ -265,9 +281,16 @@ class _Member:
         if self._lane.over.exists():  # its job was interrupted on its way out
             return
         self._lane.write(Ready(ends_at=time.time() + self._ends - time.monotonic()))
-        reason = self._serve()
+        try:
+            reason = self._serve()
+        finally:
+            self._tell_held()
         _LOG.warning("the lane ends: %s", reason)
         files.write_text(self._lane.over, reason + "\n")
+
+    def _tell_held(self) -> None:
+        held_s = time.monotonic() - processes.process_start()
+        self._lane.write(Held(earlier_s=self._held_before_s, now_s=held_s))
 
     def _serve(self) -> str:
         """Takes turns until there is a reason to end."""
@@ -277,6 +300,7 @@ class _Member:
             closed = self._lane.closed.exists()  # before the orders, for none comes after it
             number = self._next()
             if number is not None:
+                self._tell_held()
                 if (reason := self._turn(number)) is not None:
                     return reason
                 idle_since = time.monotonic()
