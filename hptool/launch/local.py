@@ -28,12 +28,12 @@ class LocalLauncher:
     """Runs as processes of this machine, one at a time, because they share its devices."""
 
     slots: int | None = 1
-    poll_s = 0.2
+    poll_s = 0.05
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._cluster = cluster
         self._folder = folder
-        self._jobs: dict[str, submitit.Job[None]] = {}
+        self._jobs: dict[str, submitit.Job[object]] = {}
 
     def submit(self, runs: Sequence[Run], started: Started) -> None:
         """As `Launcher.submit`."""
@@ -44,7 +44,7 @@ class LocalLauncher:
             started(run, job_id)
 
     def start(
-        self, function: Callable[[T], None], argument: T, *, name: str, nodes: int, max_minutes: float, token: str
+        self, function: Callable[[T], object], argument: T, *, name: str, nodes: int, max_minutes: float, token: str
     ) -> str:
         """Starts one process that calls `function(argument)`; the id of its job."""
         del name, nodes, token  # a local cluster has one node, and its jobs are found by nobody else
@@ -58,7 +58,7 @@ class LocalLauncher:
         secrets = {name: value for name, value in self._cluster.environment.items() if is_secret(name)}
         # Deaf, so that a terminal's Ctrl-C reaches hptool alone, which ends its jobs in order.
         with blocked(signal.SIGINT), _inherited(secrets):
-            job: submitit.Job[None] = executor.submit(function, argument)
+            job: submitit.Job[object] = executor.submit(function, argument)
         self._jobs[job.job_id] = job
         return str(job.job_id)
 

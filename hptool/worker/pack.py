@@ -47,9 +47,10 @@ _LOG = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
-#: Between two looks at the child, and at the files that others write.
-_POLL_S = 0.05
+#: Between two looks at the child, and at the files that others write: on a file system of many nodes, and on one's own.
+_POLL_S = 0.02
 _LOOK_S = 0.3
+_LOCAL_LOOK_S = 0.05
 
 #: What a run's own supervisor may take beyond the run's limit to say so and to end it; then it is ended from outside.
 _OUTER_S = 60.0
@@ -272,6 +273,7 @@ class _Member:
         self._ends = time.monotonic() + job.minutes * SECONDS_PER_MINUTE
         self._owner = processes.Process(job.owner_pid) if job.owner_pid is not None else None
         self._parent = os.getppid()
+        self._look_s = _LOOK_S if job.owner_pid is None else _LOCAL_LOOK_S
         self._settled: set[int] = set()
         self._held_before_s = self._lane.held_s()
         self.own_children: frozenset[int] = frozenset()
@@ -309,7 +311,7 @@ class _Member:
             elif time.monotonic() - idle_since > self._job.idle_s:
                 return f"nothing was ordered for {self._job.idle_s:g} s"
             else:
-                time.sleep(_LOOK_S)
+                time.sleep(self._look_s)
 
     def follow(self) -> None:
         """The other nodes' part: the orders that the first one begins."""
@@ -321,7 +323,7 @@ class _Member:
                 order = self._lane.order(number)
                 if order is not None:
                     self._tell_end(number, self._carry_out(number, order))
-            time.sleep(_LOOK_S)
+            time.sleep(self._look_s)
 
     def _next(self) -> int | None:
         for number in self._lane.numbers():
@@ -409,7 +411,7 @@ class _Member:
             elif now - started > limit_s:
                 detail = f"not ended {_OUTER_S:g} s after its {order.job.max_minutes:g} minutes; killed"
                 end = NodeEnd(exit_code=-signal.SIGKILL, detail=detail, meaning=FailureKind.TIMEOUT)
-            elif now - looked > _LOOK_S:
+            elif now - looked > self._look_s:
                 looked = now
                 self._look()
                 end = self._outer_end(number)

@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 #: What a rank does from its start to its exit code.
 RunRank: TypeAlias = Callable[[BaseConfig, Place, processes.Heartbeats], int]
 
-_POLL_S = 0.05
+_POLL_S = 0.02
 
 #: How long ranks may differ in leaving: interpreters and communicators take their time to go.
 _LEAVING_S = 10.0
