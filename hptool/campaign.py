@@ -381,7 +381,7 @@ class Campaign:
             self.collect()
             why = self._go_on() if time.monotonic() >= self._retry_at else None
             if why is not None and not self.under_way:
-                self.launcher.close()
+                self._attempt(self.launcher.close)
                 self.finish(f"done: {why}")
                 return why
             if max_hours is not None and time.monotonic() > self._deadline(max_hours):
@@ -424,25 +424,25 @@ class Campaign:
             self.results.write_status(self._status())
 
     def cancel(self) -> None:
-        """End every job under way; what already ended is recorded, the rest is left for --resume.
-
-        LaunchError where a job may still run.
-        """
+        """End every job under way, or say which may still run; what ended is recorded, the rest left for --resume."""
         job_ids = [f.submission.job_id for f in self.under_way.values() if f.submission.job_id is not None]
-        with contextlib.ExitStack() as afterwards:
-            afterwards.callback(self._record_measured)
-            afterwards.callback(self.launcher.close)  # first
-            if job_ids:
-                self.screen.say(f"cancelling {', '.join(job_ids)}")
-                self.launcher.cancel(job_ids)
-
-    def _record_measured(self) -> None:
+        if job_ids:
+            self.screen.say(f"cancelling {', '.join(job_ids)}")
+            self._attempt(lambda: self.launcher.cancel(job_ids))
+        self._attempt(self.launcher.close)
         for run, flight in list(self.under_way.items()):
             outcome = self.results.read_outcome(run)
             if isinstance(outcome, Measurement):
                 self._settle(flight, outcome)
         if self.under_way:
             self.screen.say(f"left for --resume: {', '.join(self.under_way)}")
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """What is said where it fails, but keeps nothing from being done that comes after it."""
+        try:
+            act()
+        except LaunchError as error:
+            self.screen.say(str(error))
 
 
 def _ran_s(flight: _Flight, measured: Measurement | None) -> float:
@@ -462,10 +462,7 @@ def measure(plan: Plan, course: Course, results: ResultsDirectory, work: Work) -
             return campaign.run()
         except BaseException:
             be_deaf()
-            try:
-                campaign.cancel()
-            except LaunchError as error:  # but why it ended at all is to be known too
-                work.screen.say(str(error))
+            campaign.cancel()
             campaign.finish(INTERRUPTED)
             raise
 
@@ -482,7 +479,7 @@ def _interrupted_once() -> Iterator[Callable[[], None]]:
 
     def be_deaf() -> None:
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, lambda *_: None)  # of SIG_IGN Python complains where one has just come
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         del frame

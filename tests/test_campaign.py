@@ -2,27 +2,32 @@
 
 import itertools
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hptool import files, launch
-from hptool.campaign import Campaign, Work
+from hptool.campaign import Campaign, Work, measure
 from hptool.candidates import Layout, Recompute, SearchSpace
 from hptool.cost import Dispatch
 from hptool.course import Order
-from hptool.errors import BusyError
+from hptool.errors import BusyError, LaunchError
+from hptool.facts import Cluster
 from hptool.launch import JobState, JobStatus, Run
+from hptool.launch.jobs import node_job
 from hptool.measurement import FailureKind
 from hptool.plan import Plan, SearchRequest, make_plan
 from hptool.results import ResultsDirectory
 from hptool.strategy import Ending
-from hptool.watch import Snapshot
+from hptool.watch import INTERRUPTED, Snapshot
 from tests import samples
+from tests.searches import processes_of, wait_for
 
 LAYOUT = Layout()
 RUN = LAYOUT.name
@@ -42,6 +47,7 @@ class Scheduler:
     busy: bool = False
     marked: dict[str, str] = field(default_factory=dict)
     is_closed: bool = False
+    refuses_to_cancel: bool = False
 
     def submit(self, runs: Sequence[Run], started: launch.Started) -> None:
         if self.busy:
@@ -55,8 +61,12 @@ class Scheduler:
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         self.cancelled += job_ids
+        if self.refuses_to_cancel:
+            raise LaunchError(f"jobs {', '.join(job_ids)} may still run")
 
     def find(self, tokens: Sequence[str]) -> dict[str, str]:
+        if self.busy:
+            raise BusyError("Slurm does not answer: Unable to contact slurm controller")
         return {token: self.marked[token] for token in tokens if token in self.marked}
 
     def log_path(self, job_id: str) -> Path:
@@ -94,7 +104,10 @@ def said(listener: Listener) -> list[str]:
 
 
 def plan_of(results: Path, **asked: Any) -> Plan:
-    given: dict[str, Any] = {"space": SearchSpace(tp=(1,), pp=(1,), vpp=(1,), mbs=(1,), recompute=NONE), "max_minutes_per_run": 1}
+    given: dict[str, Any] = {
+        "space": SearchSpace(tp=(1,), pp=(1,), vpp=(1,), mbs=(1,), recompute=NONE),
+        "max_minutes_per_run": 1,
+    }
     return make_plan(SearchRequest(model="gpt3/tiny", cluster="local", results=results, **given | asked))
 
 
@@ -205,6 +218,93 @@ def test_a_job_whose_id_nobody_noted_is_found_by_its_mark(campaign: Campaign, li
     other.take_over()
     assert [f.submission.job_id for f in other.under_way.values()] == ["7"]
     assert campaign.results.submissions()[RUN].job_id == "7"
+
+
+def test_an_earlier_process_is_not_taken_over_before_the_scheduler_answers(
+    campaign: Campaign, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (campaign.results.path / "submissions.jsonl").read_text().splitlines()
+    (campaign.results.path / "submissions.jsonl").write_text(lines[0] + "\n")
+    launcher = scheduler(campaign)
+    launcher.marked, launcher.busy, launcher.poll_s = {json.loads(lines[0])["token"]: "7"}, True, 1.0
+    launcher.answer = JobStatus(state=JobState.RUNNING)
+    clock, slept = time.monotonic(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock + sum(slept))
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        launcher.busy = sum(slept) < 12
+        if sum(slept) > 30:
+            path = campaign.results.run_directory(RUN) / "measurement.json"
+            files.write_text(path, files.json_text(samples.measurement()))
+            launcher.answer = JobStatus(state=JobState.ENDED)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    other = again(campaign, listener)
+    other.run()
+    said = [line for line in listener.said if "Slurm does not answer" in line]
+    assert [line.rpartition("trying again in ")[2] for line in said] == ["5 s", "10 s"]
+    assert other.outcomes[RUN].job_id == "7"
+    assert [run.name for run in launcher.taken].count(RUN) == 1
+
+
+class Impatient:
+    """A screen before which somebody presses Ctrl-C again and again, from the first job on."""
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        self.said: list[str] = []
+        self._signals = signals
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+        if "job 7" in message or "cancelling" in message:
+            for signum in self._signals:
+                signal.raise_signal(signum)
+
+    def show(self, now: Callable[[], Snapshot]) -> None:
+        now()
+
+    def confirm(self, question: str) -> bool:
+        raise AssertionError(question)
+
+
+def test_who_is_impatient_gets_all_of_the_clearing_up(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run")
+    results = ResultsDirectory(plan.directory)
+    results.begin(plan.document(), resume=False)
+    launcher, screen = Scheduler(tmp_path, refuses_to_cancel=True), Impatient(signal.SIGINT, signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    dispatch = Dispatch(submit="separate", parallel=None, overhead_s=8.0)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        measure(plan, plan.course, results, Work(dispatch=dispatch, launcher=launcher, screen=screen))
+    assert caught.value.args == (signal.SIGINT,)
+    assert launcher.cancelled == ["7"]
+    assert launcher.is_closed
+    assert screen.said[-3:] == ["cancelling 7", "jobs 7 may still run", f"left for --resume: {RUN}"]
+    status = results.read_status()
+    assert status is not None
+    assert status.doing == INTERRUPTED
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_secrets_reach_local_jobs_by_their_environment_and_no_file(tmp_path: Path, local: Cluster) -> None:
+    site = replace(local, environment={"WANDB_API_KEY": "hush-hush", "NCCL_DEBUG": "INFO"})
+    run = Run(name="r", directory=tmp_path / "runs" / "r", nodes=1, max_minutes=1)
+    assert node_job(run, site, None).environment == {"NCCL_DEBUG": "INFO"}
+    launcher = launch.LocalLauncher(site, tmp_path / "jobs")
+    backwards = f'printf %s "$WANDB_API_KEY" | rev > {tmp_path}/had'
+    job_id = launcher.start(os.system, backwards, name="j", nodes=1, max_minutes=1, token="")
+    wait_for(lambda: launcher.status([job_id])[job_id].state is JobState.ENDED)
+    assert (tmp_path / "had").read_text().strip() == "hsuh-hsuh"
+    assert "WANDB_API_KEY" not in os.environ
+    packed = launch.launcher(site, tmp_path / "packed", "packed")
+    for each in (launcher, packed):
+        each.submit([run], lambda *_: None)
+    written = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    packed.close()
+    wait_for(lambda: not processes_of(tmp_path))
+    assert "00001.json" in written
+    assert not [name for name, text in written.items() if b"hush-hush" in text]
 
 
 def test_a_job_that_was_never_taken_costs_nothing(campaign: Campaign, listener: Listener) -> None:

@@ -1,5 +1,6 @@
 """Slurm's commands: each with a time limit, deaf to the terminal, and with what its refusals mean."""
 
+import contextlib
 import os
 import re
 import signal
@@ -61,14 +62,20 @@ def slurm(*command: str, environment: Mapping[str, str] | None = None) -> subpro
         try:
             out, err = process.communicate(timeout=TIME_LIMIT_S)
         except subprocess.TimeoutExpired as late:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             said = (late.stderr or b"").decode(errors="replace")  # bytes, whatever was asked for
             answer = f"{said}\n{command[0]} gave no answer in {TIME_LIMIT_S:g} s"
             return subprocess.CompletedProcess(command, TIMED_OUT, "", answer.strip())
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With what it has started; subprocess gives an interrupted command a moment, in which it may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def job_id_of(answer: subprocess.CompletedProcess[str]) -> str | None:
