@@ -1,13 +1,16 @@
-"""The fixture that gives tests a real Slurm, the development one of cluster/dev-slurm."""
+"""The fixtures that give tests a real Slurm: that of cluster/dev-slurm, and one beside it that may be broken."""
 
 import fcntl
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.searches import wait_for
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "cluster" / "dev-slurm"
 DEFAULT_STATE_DIR = "/tmp/hptool-slurm"  # noqa: S108  # the scripts' default; they check whose it is
@@ -82,3 +85,47 @@ def slurm() -> Iterator[DevSlurm]:
             down = run_script("down", settings={})
             if down.returncode != 0:
                 pytest.fail(f"Slurm did not stop:\n{down.stderr}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def private_settings() -> Iterator[dict[str, str]]:
+    """A Slurm of two nodes beside the shared one, for all drills: they must not disturb other tests."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as parent:  # short: socket paths are
+        settings = {
+            "HPTOOL_SLURM_DIR": f"{Path(parent).resolve()}/state",
+            "HPTOOL_SLURM_PORT": str(30000 + os.getpid() % 100 * 100),  # beside those of test_dev_slurm.py
+            "HPTOOL_SLURM_NODES": "2",
+        }
+        yield settings
+        run_script("down", "--purge", settings=settings).check_returncode()
+
+
+def heal(settings: Mapping[str, str]) -> DevSlurm:
+    """Dead daemons are started again, and nodes out of service resumed."""
+    script = run_script("up", settings=settings)
+    assert script.returncode == 0, script.stderr
+    return connect(script)
+
+
+@pytest.fixture
+def private_slurm(private_settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[DevSlurm]:
+    """That Slurm in SLURM_CONF, whole and idle before a test and after it."""
+    running = heal(private_settings)
+    monkeypatch.setenv("SLURM_CONF", str(running.conf))
+    yield running
+    heal(private_settings)
+    running.command("scancel", "--user=root")
+    wait_for(lambda: not running.command("squeue", "-h"))
+
+
+@pytest.fixture
+def limit_jobs(private_slurm: DevSlurm) -> Iterator[Callable[[int], None]]:
+    """Sets how many jobs the user may have during a test."""
+    if os.environ.get("HPTOOL_SLURM_ACCOUNTING") == "none":
+        pytest.skip("limits are kept in the accounting, which this Slurm was asked not to have")
+
+    def limit(jobs: int) -> None:
+        private_slurm.command("sacctmgr", "-i", "modify", "user", "root", "set", f"MaxSubmitJobs={jobs}")
+
+    yield limit
+    limit(-1)  # none

@@ -4,9 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,46 +18,18 @@ from hptool.launch import JobState, JobStatus, Run, SlurmLauncher, slurm_command
 from hptool.measurement import FailureKind
 from tests.conftest import ROOT
 from tests.searches import wait_for
-from tests.slurm.conftest import DevSlurm, connect, run_script
+from tests.slurm.conftest import DevSlurm, heal
 
 pytestmark = pytest.mark.slurm
-
-# Beside the ports of test_dev_slurm.py.
-PORT = 30000 + os.getpid() % 100 * 100
 
 #: How old a job must be to outlive a killed controller, which saves its state every five seconds.
 SAVED_S = 8
 
 
-@pytest.fixture(scope="module")
-def settings() -> Iterator[dict[str, str]]:
-    """A Slurm of two nodes beside the shared one, for the whole file: drills must not disturb other tests."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as parent:  # short: socket paths are
-        instance = {
-            "HPTOOL_SLURM_DIR": f"{Path(parent).resolve()}/state",
-            "HPTOOL_SLURM_PORT": str(PORT),
-            "HPTOOL_SLURM_NODES": "2",
-        }
-        yield instance
-        run_script("down", "--purge", settings=instance).check_returncode()
-
-
-def heal(settings: dict[str, str]) -> DevSlurm:
-    """Dead daemons are started again, and nodes out of service resumed."""
-    script = run_script("up", settings=settings)
-    assert script.returncode == 0, script.stderr
-    return connect(script)
-
-
 @pytest.fixture
-def slurm(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[DevSlurm]:
-    """That Slurm, whole and idle before a test and after it."""
-    running = heal(settings)
-    monkeypatch.setenv("SLURM_CONF", str(running.conf))
-    yield running
-    heal(settings)
-    running.command("scancel", "--user=root")
-    wait_for(lambda: not running.command("squeue", "-h"))
+def slurm(private_slurm: DevSlurm) -> DevSlurm:
+    """The one that may be broken."""
+    return private_slurm
 
 
 @pytest.fixture
@@ -156,7 +127,7 @@ def test_a_container_is_asked_of_srun(site: Cluster, slurm: DevSlurm, tmp_path: 
 
 
 def test_a_controller_that_is_killed_changes_no_state_and_loses_no_job(
-    launcher: SlurmLauncher, slurm: DevSlurm, settings: dict[str, str], tmp_path: Path
+    launcher: SlurmLauncher, slurm: DevSlurm, private_settings: dict[str, str], tmp_path: Path
 ) -> None:
     job_id = start(launcher, f"while ! [ -e {tmp_path}/end ]; do sleep 0.2; done")
     until(launcher, job_id, JobState.RUNNING)
@@ -168,7 +139,7 @@ def test_a_controller_that_is_killed_changes_no_state_and_loses_no_job(
     assert away.state is JobState.RUNNING
     assert "Unable to contact slurm controller" in away.detail
     (tmp_path / "end").touch()  # what ends meanwhile is not told, but not lost either
-    heal(settings)
+    heal(private_settings)
     found = until(launcher, job_id, JobState.ENDED)
     assert "COMPLETED" in found.detail
     second = start(launcher, f"touch {tmp_path}/second", mark="second")
@@ -192,7 +163,7 @@ def test_a_node_that_fails_takes_its_job_but_not_always_the_process(
 
 
 def test_a_drained_cluster_ends_nothing_and_starts_nothing(
-    launcher: SlurmLauncher, slurm: DevSlurm, settings: dict[str, str], tmp_path: Path
+    launcher: SlurmLauncher, slurm: DevSlurm, private_settings: dict[str, str], tmp_path: Path
 ) -> None:
     running = start(launcher, f"while ! [ -e {tmp_path}/end ]; do sleep 0.2; done", mark="running")
     until(launcher, running, JobState.RUNNING)
@@ -203,7 +174,7 @@ def test_a_drained_cluster_ends_nothing_and_starts_nothing(
     assert state_of(launcher, running) is JobState.RUNNING
     (tmp_path / "end").touch()
     until(launcher, running, JobState.ENDED)
-    heal(settings)
+    heal(private_settings)
     until(launcher, waiting, JobState.ENDED)
 
 
@@ -250,7 +221,7 @@ def test_a_requeued_job_is_pending_again_and_runs_to_its_end(site: Cluster, slur
 
 
 def test_a_requeueable_job_outlives_its_node(
-    site: Cluster, slurm: DevSlurm, settings: dict[str, str], tmp_path: Path
+    site: Cluster, slurm: DevSlurm, private_settings: dict[str, str], tmp_path: Path
 ) -> None:
     launcher = SlurmLauncher(with_options(site, requeue=True), tmp_path / "jobs", arrays=True)
     job_id = start(launcher, f"echo >> {tmp_path}/begun; [ $(wc -l < {tmp_path}/begun) = 2 ] || sleep 600")
@@ -264,29 +235,16 @@ def test_a_requeueable_job_outlives_its_node(
         seen.append(state_of(launcher, job_id))
         return seen[-1] is JobState.ENDED
 
-    heal(settings)
+    heal(private_settings)
     wait_for(has_ended)
     assert "COMPLETED" in launcher.status([job_id])[job_id].detail
     assert JobState.PENDING in seen
 
 
-@pytest.fixture
-def limited(slurm: DevSlurm) -> Iterator[Callable[[int], None]]:
-    """Sets how many jobs the user may have during a test."""
-    if os.environ.get("HPTOOL_SLURM_ACCOUNTING") == "none":
-        pytest.skip("limits are kept in the accounting, which this Slurm was asked not to have")
-
-    def limit(jobs: int) -> None:
-        slurm.command("sacctmgr", "-i", "modify", "user", "root", "set", f"MaxSubmitJobs={jobs}")
-
-    yield limit
-    limit(-1)  # none
-
-
 def test_a_full_queue_takes_the_job_later(
-    launcher: SlurmLauncher, limited: Callable[[int], None], tmp_path: Path
+    launcher: SlurmLauncher, limit_jobs: Callable[[int], None], tmp_path: Path
 ) -> None:
-    limited(1)
+    limit_jobs(1)
     first = start(launcher, f"while ! [ -e {tmp_path}/end ]; do sleep 0.2; done", mark="first")
     with pytest.raises(BusyError, match="AssocMaxSubmitJobLimit"):
         start(launcher, "true", mark="second")
@@ -297,8 +255,10 @@ def test_a_full_queue_takes_the_job_later(
     until(launcher, second, JobState.ENDED)
 
 
-def test_as_much_of_an_array_as_the_limit_allows(site: Cluster, limited: Callable[[int], None], tmp_path: Path) -> None:
-    limited(2)
+def test_as_much_of_an_array_as_the_limit_allows(
+    site: Cluster, limit_jobs: Callable[[int], None], tmp_path: Path
+) -> None:
+    limit_jobs(2)
     waiting = with_options(site, extra_options={"begin": "now+1hour"})
     launcher = SlurmLauncher(waiting, tmp_path / "jobs", arrays=True)
     runs = [Run(name=f"r{i}", directory=tmp_path, nodes=1, max_minutes=1, token=f"array{i}") for i in range(5)]
