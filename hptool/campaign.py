@@ -5,7 +5,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
@@ -62,17 +62,17 @@ class _Flight:
     ended_since: float | None = None
 
 
-def timings_of(course: Course, records: Iterable[OutcomeRecord], lost_before: Collection[str] = ()) -> list[Timing]:
-    """Records as the course sees them; runs that were `lost_before` now are no failures of their layouts."""
-    rows = {layout.name: row for row, layout in enumerate(course.landscape.target.layouts.rows())}
-    return [
-        _timing(course, rows[record.name], record, again=record.may_run_again or record.run in lost_before)
-        for record in records
-        if record.name in rows
-    ]
+def rows_of(course: Course) -> dict[str, int]:
+    """The rows of the landscape by the names of their layouts."""
+    return {layout.name: row for row, layout in enumerate(course.landscape.target.layouts.rows())}
 
 
-def _timing(course: Course, row: int, record: OutcomeRecord, *, again: bool) -> Timing:
+def timings_of(course: Course, rows: Mapping[str, int], records: Iterable[OutcomeRecord]) -> list[Timing]:
+    """Records as the course sees them."""
+    return [_timing(course, rows[record.name], record) for record in records if record.name in rows]
+
+
+def _timing(course: Course, row: int, record: OutcomeRecord) -> Timing:
     measured = record.measurement
     if measured is None:
         assert record.failure  # noqa: S101 (a record has one of both)
@@ -81,7 +81,7 @@ def _timing(course: Course, row: int, record: OutcomeRecord, *, again: bool) -> 
             nodes=record.nodes,
             steps=record.steps,
             ending=Ending.OOM if record.failure.kind is FailureKind.OOM else Ending.FAILED,
-            may_run_again=again,
+            may_run_again=record.may_run_again,
         )
     memory_gib = measured.peak_memory_gib
     if measured.memory_kind == "max allocated":  # what lies outside the allocator's tensors comes on top
@@ -127,14 +127,15 @@ class Campaign:
         self.outcomes = results.outcomes()
         self.under_way: dict[str, _Flight] = {}  # by run
         self._submissions = results.submissions()
-        self._rows = {layout.name: row for row, layout in enumerate(course.landscape.target.layouts.rows())}
-        # What was lost before this process is tried again: whoever resumes knows that the trouble is over.
+        self._rows = rows_of(course)
+        # What was lost before this process does not count: whoever resumes knows that the trouble is over.
         self._lost_before = {
             run for run, x in self.outcomes.items() if x.failure and x.failure.kind is FailureKind.LOST
         }
         self._started = time.monotonic()
         self._told_at = self._status_at = self._started
         self._retry_at, self._back_off_s = self._started, 0.0
+        self._decided: tuple[tuple[int, frozenset[str]], str | None] | None = None
         self._has_taken_over = False
         self._doing = MEASURING
 
@@ -142,7 +143,8 @@ class Campaign:
 
     def timings(self) -> list[Timing]:
         """Every run that ended or is under way, as the course sees it."""
-        ended = timings_of(self.course, self.outcomes.values(), lost_before=self._lost_before)
+        counted = (record for run, record in self.outcomes.items() if run not in self._lost_before)
+        ended = timings_of(self.course, self._rows, counted)
         flying = (
             Timing(row=f.row, nodes=f.submission.nodes, steps=f.submission.steps, ending=Ending.UNDER_WAY)
             for f in self.under_way.values()
@@ -396,6 +398,9 @@ class Campaign:
         """Start what there is to start; why nothing is left, where that is so. A busy scheduler is left alone first."""
         try:
             self.take_over()
+            known = len(self.outcomes), frozenset(self.under_way)
+            if self._decided is not None and self._decided[0] == known:
+                return self._decided[1]  # nothing has happened since
             orders, why = self.next_orders()
             if orders:
                 self.submit(orders)
@@ -406,6 +411,7 @@ class Campaign:
             self.screen.say(f"{error}; trying again in {duration(self._back_off_s)}")
             return None
         self._back_off_s = 0.0
+        self._decided = (len(self.outcomes), frozenset(self.under_way)), why
         return why
 
     def _tell(self) -> None:

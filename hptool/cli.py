@@ -534,4 +534,5 @@ def _terminate_like_ctrl_c() -> None:
         raise KeyboardInterrupt(number)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, interrupt)

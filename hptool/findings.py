@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hptool import files, report, train
-from hptool.campaign import spent_gpu_hours, timings_of
+from hptool.campaign import rows_of, spent_gpu_hours, timings_of
 from hptool.candidates import Layouts
 from hptool.cost import Estimate
 from hptool.course import Course, Standing, standing
@@ -30,14 +30,13 @@ def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
     """Everything known about the search, and `optimal.yaml` where something was measured."""
     plan, results, estimate = search.plan, search.results, search.estimate
     records = results.outcomes()
-    now = standing(search.course, timings_of(search.course, records.values()))
-    names = [layout.name for layout in plan.predictions.layouts.rows()]
+    row_of = rows_of(search.course)
+    now = standing(search.course, timings_of(search.course, row_of, records.values()))
     by_layout: dict[int, list[OutcomeRecord]] = {}
-    rows_of = {name: row for row, name in enumerate(names)}
     for record in records.values():
-        if record.name in rows_of:
-            by_layout.setdefault(rows_of[record.name], []).append(record)
-    failed = sorted(by_layout.keys() - set(now.ranking), key=names.__getitem__)
+        if record.name in row_of:
+            by_layout.setdefault(row_of[record.name], []).append(record)
+    failed = sorted(by_layout.keys() - set(now.ranking), key=lambda row: plan.predictions.layouts.row(row).name)
     rows = [_row(search, now, row, by_layout[row]) for row in (*now.ranking, *failed)]
     best = next((row for row in rows if row.measurement), None)
     if best is not None:

@@ -55,9 +55,11 @@ def stand_in(job: NodeJob) -> None:
 class ForkHost:
     """Jobs as forked processes of this one, each node a process: they have what a test has put in place of things."""
 
+    slots: int | None = 4
     poll_s = 0.05
 
     def __init__(self, folder: Path) -> None:
+        self.submitted: list[str] = []
         self.jobs: dict[str, list[int]] = {}
         self.calls: dict[str, tuple[Callable[[PackJob], None], PackJob, int]] = {}
         self.ended: dict[int, int] = {}
@@ -65,6 +67,11 @@ class ForkHost:
         self.minutes: list[float] = []
         self._folder = folder
         folder.mkdir(exist_ok=True)
+
+    def submit(self, runs: Sequence[Run], started: launch.Started) -> None:
+        for run in runs:
+            self.submitted.append(run.name)
+            started(run, f"job-of-{run.name}")
 
     def start(
         self,
@@ -237,6 +244,39 @@ def test_an_order_that_comes_late_is_carried_out(lanes: Lanes) -> None:
     assert lanes.ids["b"] == "7000#2"
     lanes.launcher.close()
     assert (lanes.results / "jobs" / "packs" / "001" / "over").read_text() == "closed, and every order carried out\n"
+
+
+def test_a_search_that_goes_on_another_way_still_knows_its_orders(lanes: Lanes) -> None:
+    directory = lanes.order("a", "wait")
+    lanes.running(directory)
+    other = PackedLauncher(lanes.cluster, lanes.results / "jobs", lanes.host, takes_orders=False)
+    assert other.slots == 4
+    assert other.status([lanes.ids["a"]])[lanes.ids["a"]].state is JobState.RUNNING
+    found: dict[str, str] = {}
+    run = Run(name="b", directory=lanes.results / "runs" / "b", nodes=1, max_minutes=1.0, token="token-b")  # noqa: S106
+    other.submit([run], lambda run, job_id: found.update({run.name: job_id}))
+    assert found == {"b": "job-of-b"}
+    assert lanes.host.submitted == ["b"]
+    (directory / "go").touch()
+    lanes.end("a")
+    assert len(list((lanes.results / "jobs" / "packs").glob("*/orders/*.json"))) == 1
+
+
+def test_a_lane_counts_for_as_long_as_it_has_its_nodes(lanes: Lanes) -> None:
+    folder = lanes.results / "jobs"
+    assert launch.allocated_gpu_hours(folder, 8) == 0.0
+    lanes.order("a", nodes=2)
+    lanes.end("a")
+    lanes.launcher.close()
+    hours = launch.allocated_gpu_hours(folder, 8)
+    held_s = Lane(directory=folder / "packs" / "001").held_s()
+    # The stand-in for a job is a fork of this process, which is older than the job.
+    assert hours == pytest.approx(2 * 8 * held_s / 3600)
+    assert held_s > 0
+    lanes.order("b")
+    lanes.end("b")
+    lanes.launcher.close()
+    assert launch.allocated_gpu_hours(folder, 8) > hours
 
 
 @pytest.mark.parametrize(

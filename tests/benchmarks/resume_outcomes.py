@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hptool import files
-from hptool.campaign import timings_of
+from hptool.campaign import rows_of, timings_of
 from hptool.course import next_order, standing
 from hptool.plan import SearchRequest, make_plan
 from hptool.results import ResultsDirectory
@@ -43,7 +43,7 @@ def main() -> None:
         records, submissions = results.outcomes(), results.submissions()
         read_s = time.perf_counter() - before
         course = plan.course
-        timings = timings_of(course, records.values())
+        timings = timings_of(course, rows_of(course), records.values())
         standing(course, timings)
         next_order(course, timings)
         all_s = time.perf_counter() - before
