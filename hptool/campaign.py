@@ -133,6 +133,8 @@ class Campaign:
             run for run, x in self.outcomes.items() if x.failure and x.failure.kind is FailureKind.LOST
         }
         self._started = time.monotonic()
+        before = results.read_status()
+        self._earlier_s = before.elapsed_s if before is not None else 0.0
         self._told_at = self._status_at = self._started
         self._retry_at, self._back_off_s = self._started, 0.0
         self._decided: tuple[tuple[int, frozenset[str]], str | None] | None = None
@@ -162,7 +164,7 @@ class Campaign:
 
     def _status(self) -> Status:
         states = {run: flight.state for run, flight in self.under_way.items()}
-        elapsed_s = time.monotonic() - self._started
+        elapsed_s = self._earlier_s + time.monotonic() - self._started
         return Status(doing=self._doing, elapsed_s=elapsed_s, gpu_hours=self._spent_gpu_hours(), states=states)
 
     def _spent_gpu_hours(self) -> float:

@@ -23,7 +23,7 @@ from hptool.launch import JobState, JobStatus, Run
 from hptool.launch.jobs import node_job
 from hptool.measurement import FailureKind
 from hptool.plan import Plan, SearchRequest, make_plan
-from hptool.results import ResultsDirectory
+from hptool.results import ResultsDirectory, Status
 from hptool.strategy import Ending
 from hptool.watch import INTERRUPTED, Snapshot
 from tests import samples
@@ -467,3 +467,19 @@ def test_those_who_watch_see_each_run(campaign: Campaign) -> None:
     (campaign.results.run_directory(RUN) / "progress.json").write_text('{"step": 3, "of": 8, "tokens_per_s": 100.0}')
     (line,) = campaign.snapshot().lines
     assert (line.state.value, line.step, line.of, line.tokens_per_s) == ("running", 3, 8, 100.0)
+
+
+def test_the_time_of_earlier_processes_counts_for_those_who_watch(campaign: Campaign, listener: Listener) -> None:
+    campaign.results.write_status(Status(doing="measuring", elapsed_s=500.0))
+    assert 500 <= again(campaign, listener).snapshot().elapsed_s < 560
+
+
+def test_after_three_losses_only_who_resumes_tries_again(campaign: Campaign, listener: Listener) -> None:
+    lost = samples.failure(FailureKind.LOST, "NODE_FAIL")
+    for run in (RUN, f"{RUN}.2", f"{RUN}.3"):
+        campaign.results.record_outcome(replace(samples.record(RUN, lost, run=run), may_run_again=True))
+    orders, _ = again(campaign, listener).next_orders()
+    assert [order.row for order in orders] == [0]
+    campaign.under_way.clear()
+    campaign.outcomes.update(campaign.results.outcomes())  # as they came in while this process was there
+    assert campaign.next_orders()[0] == []
