@@ -44,7 +44,7 @@ def results(tmp_path: Path, slurm: DevSlurm) -> Iterator[Path]:
 
 def test_layouts_of_one_and_two_nodes_are_measured_and_ranked(results: Path) -> None:
     words = ("--json", "--nodes", "2", "--tp", "2", "--pp", "1,2", "--mbs", "1,2", "trainer.max_steps=4")
-    process = start(results, *words, cluster="dev-slurm")
+    process = start(results, *words, "--verify-nodes", "2", "--verify-top", "1", cluster="dev-slurm")
     out, err = finish(process)
     assert process.returncode == 0, err
     answer = json.loads(out)
@@ -60,8 +60,18 @@ def test_layouts_of_one_and_two_nodes_are_measured_and_ranked(results: Path) -> 
     assert runs["tp2-pp1-vpp1-cp1-mbs1-none"]["gbs"] * 2 == runs["tp2-pp2-vpp1-cp1-mbs1-none"]["gbs"] == 8
     assert any("fewer than 2 nodes" in note for note in answer["notes"])
     ids = [line["job_id"] for line in outcome_lines(results)]
-    assert len(ids) == 4
-    assert len({re.split("[#_]", job_id)[0] for job_id in ids}) == 2  # an allocation or array for each number of nodes
+    # What one node promises most of runs on both at the end, and only what ran on both can win: those with a pipeline
+    # did so from the start.
+    (scaled,) = [line["name"] for line in outcome_lines(results) if line["run"].endswith(".2")] or [None]
+    assert len(ids) == 4 + (scaled is not None)
+    if scaled is not None:
+        assert (runs[scaled]["nodes"], runs[scaled]["at_scale_nodes"]) == (1, 2)
+        assert runs[scaled]["at_scale_step_time_s"] > 0
+    assert answer["winner"] == scaled or runs[answer["winner"]]["nodes"] == 2
+    first = [line["job_id"] for line in outcome_lines(results) if not line["run"].endswith(".2")]
+    assert (
+        len({re.split("[#_]", job_id)[0] for job_id in first}) == 2
+    )  # an allocation or array for each number of nodes
     assert answer["winner"] in runs
     # The winner's command trains it, on the nodes and with the options of the profile.
     ending = f"train --config {results / 'optimal.yaml'} --results {results / 'training'} --cluster dev-slurm"
