@@ -372,7 +372,10 @@ class Campaign:
         gpu_s = sum(self._expected_s(*run) * run[2] * per_node for run in flying)
         spent = self._spent_gpu_hours() + gpu_s / SECONDS_PER_HOUR
         if spent > request.budget_gpu_hours:
-            return f"another run would exceed --budget-gpu-hours {request.budget_gpu_hours:g}"
+            return (
+                f"another run would exceed --budget-gpu-hours {request.budget_gpu_hours:g}: "
+                f"with it the search is expected to have cost {spent:.3g}"
+            )
         return None
 
     def _deadline(self, max_hours: float) -> float:

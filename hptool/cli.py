@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -172,12 +173,15 @@ def search_train_command(
                 click.echo(f"the job of the first of them, {script}:\n\n{script.read_text(encoding='utf-8')}")
             click.echo(f"report: {directory / 'report.html'}")
         if made.winner is None and made.spent.ended is not None:
-            raise LaunchError(f"{report.why_nothing_ran(made)} See {directory / 'report.html'}")
+            raise LaunchError(f"nothing was measured: {made.spent.ended}. See {directory / 'report.html'}")
     except HptoolError as error:
         _fail(error)
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        click.echo("hptool: interrupted; --resume goes on from here", err=True)
+        words = [word for word in sys.argv[1:] if word != "--resume"]
+        click.echo(
+            f"hptool: interrupted; --resume goes on from here: hptool {shlex.join([*words, '--resume'])}", err=True
+        )
         sys.exit(_SIGNALLED + number)
 
 

@@ -5,6 +5,7 @@ Pure: what was timed so far decides what to run next, so a search that is resume
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from hptool.candidates import BoolColumn, IntColumn
 from hptool.strategy import Ending, Landscape, Outlook, Stop, Strategy, Trial, outlook
@@ -22,6 +23,13 @@ RIVALS = 3
 
 #: How often a timing that ended through no fault of its layout is repeated.
 _REPEATS = 2
+
+#: A run that took so many times what it should have, by its own prediction and what the others took of theirs, may have
+#: been disturbed: a slow node, a neighbour. Predictions of layouts of one search scatter by less (`predict.belief`).
+_DISTURBED = 1.4
+
+#: Measured layouts that say what predictions are off by.
+_WITNESSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +95,8 @@ class Standing:
     """What the timings come to: the longest of each measured row, those at scale, and the rows from the fastest.
 
     Rows are ranked by what is expected of them on all nodes, those that were measured at scale before the others, and
-    those that failed there last. `equals` are the rows that the timings do not tell from the first.
+    those that failed there last. `equals` are the rows that the timings do not tell from the first. In `disagreeing`
+    are those whose own timings contradict each other.
     """
 
     outlook: Outlook
@@ -95,6 +104,7 @@ class Standing:
     at_scale: Mapping[int, Timing]
     ranking: Sequence[int]
     equals: Sequence[int]
+    disagreeing: Sequence[int]
 
 
 def standing(course: Course, timings: Sequence[Timing]) -> Standing:
@@ -102,8 +112,12 @@ def standing(course: Course, timings: Sequence[Timing]) -> Standing:
     known = _trials(course, timings)
     view = outlook(course.landscape, known)
     measured = {t.row for t in known if t.ending is Ending.MEASURED}
-    in_order = sorted((t for t in timings if t.ending is Ending.MEASURED and t.row in measured), key=lambda t: t.steps)
-    longest = {t.row: t for t in in_order if t.nodes == course.nodes[t.row]}
+    small = [t for t in timings if t.ending is Ending.MEASURED and t.row in measured and t.nodes == course.nodes[t.row]]
+    longest = {t.row: t for t in sorted(small, key=_weight)}
+    others: dict[int, list[Timing]] = {row: [] for row in longest}
+    for timing in small:
+        if _contradict(timing, longest[timing.row]):
+            others[timing.row].append(timing)
     scaled = [t for t in timings if t.nodes == course.verify_nodes and t.steps == course.stages[-1]]
     at_scale = {t.row: t for t in scaled if t.ending is Ending.MEASURED and t.row in longest}
     failed = {t.row for t in scaled if t.ending in (Ending.OOM, Ending.FAILED) and not t.may_run_again}
@@ -119,7 +133,9 @@ def standing(course: Course, timings: Sequence[Timing]) -> Standing:
         timing = at_scale.get(row) or longest[row]
         more_s, doubt_s = step_time_s(row) - timing.step_time_s, timing.error * timing.step_time_s
         low_s, high_s = timing.step_time_s - doubt_s, timing.step_time_s + doubt_s
-        return more_s + min(timing.low_s, low_s), more_s + max(timing.high_s, high_s)
+        # Between two runs something may have changed that neither of them could see.
+        seen_s = [t.step_time_s for t in others[row]] if row not in at_scale else []
+        return more_s + min(timing.low_s, low_s, *seen_s), more_s + max(timing.high_s, high_s, *seen_s)
 
     ranking = sorted(longest, key=lambda row: (place(row), step_time_s(row), row))
     equals = []
@@ -127,7 +143,30 @@ def standing(course: Course, timings: Sequence[Timing]) -> Standing:
         _, high_s = interval_s(ranking[0])
         rivals = [row for row in ranking[1:] if place(row) == place(ranking[0])]
         equals = [row for row in rivals if interval_s(row)[0] <= high_s]
-    return Standing(outlook=view, timings=longest, at_scale=at_scale, ranking=ranking, equals=equals)
+    return Standing(
+        outlook=view,
+        timings=longest,
+        at_scale=at_scale,
+        ranking=ranking,
+        equals=equals,
+        disagreeing=[row for row in ranking if others[row]],
+    )
+
+
+def _weight(timing: Timing) -> tuple[int, float]:
+    """Of two timings of a layout the longer one counts, and of equally long ones the faster: what disturbs slows."""
+    return timing.steps, -timing.step_time_s
+
+
+def _contradict(one: Timing, other: Timing) -> bool:
+    """Their intervals do not overlap."""
+
+    def interval_s(t: Timing) -> tuple[float, float]:
+        doubt_s = t.error * t.step_time_s
+        return min(t.low_s, t.step_time_s - doubt_s), max(t.high_s, t.step_time_s + doubt_s)
+
+    (low, high), (other_low, other_high) = interval_s(one), interval_s(other)
+    return high < other_low or other_high < low
 
 
 def _trials(course: Course, timings: Sequence[Timing]) -> list[Trial]:
@@ -139,7 +178,10 @@ def _trials(course: Course, timings: Sequence[Timing]) -> list[Trial]:
         # Failing when it is timed longer, a layout has failed; while that is under way, or after it was lost for good
         # through no fault of the layout, its short timing stands.
         says_more = timing.ending is not Ending.UNDER_WAY and not timing.may_run_again
-        if timing.row not in found or says_more:
+        known = found.get(timing.row)
+        if known is not None and known.ending is timing.ending is Ending.MEASURED:
+            says_more = _weight(timing) > _weight(known)
+        if known is None or says_more:
             found[timing.row] = timing
     return [
         Trial(
@@ -176,12 +218,30 @@ def next_order(course: Course, timings: Sequence[Timing]) -> Order | Wait | Stop
     order = None
     # A first timing that is under way may still change who the finalists are, and a longer one who is the best.
     if not any(t.ending is Ending.UNDER_WAY for t in known):
-        order = _longer(course, timings)
+        order = _disturbed(course, timings) or _longer(course, timings)
     if order is None and not any(t.nodes == course.nodes[t.row] for t in under_way):
         order = _at_scale(course, timings)
     if order is not None:
         return order
     return Wait() if under_way else Stop(why=why)
+
+
+def _disturbed(course: Course, timings: Sequence[Timing]) -> Order | None:
+    """A second timing of a layout that should have been the fastest, and was far slower than it should have been."""
+    now = standing(replace(course, verify_nodes=None), timings)
+    landscape, rows = course.landscape, list(now.timings)
+    if len(rows) < _WITNESSES:
+        return None
+    stretch = {row: now.timings[row].step_time_s / float(landscape.run.step_time_s[row]) for row in rows}
+    usual = median(stretch.values())
+    best_s = float(now.outlook.step_time_s[now.ranking[0]])
+    for row in rows:
+        tries = [t for t in timings if (t.row, t.nodes) == (row, course.nodes[row]) and not t.may_run_again]
+        should_s = usual * float(landscape.target.step_time_s[row])
+        if len(tries) == 1 and stretch[row] > _DISTURBED * usual and should_s < best_s:
+            why = f"{stretch[row] / usual:.1f} times slower than the others let expect, timed again"
+            return Order(row=row, steps=tries[0].steps, nodes=int(course.nodes[row]), why=why)
+    return None
 
 
 def _longer(course: Course, timings: Sequence[Timing]) -> Order | None:
@@ -204,6 +264,13 @@ def _longer(course: Course, timings: Sequence[Timing]) -> Order | None:
         if rivals:
             return Order(row=row, steps=longer[0], nodes=nodes, why="not told apart from others by its short timing")
         return Order(row=row, steps=longer[-1], nodes=nodes, why="the fastest so far, timed longer")
+    if left:
+        return None
+    for row, longest in steps.items():
+        tries = [t for t in small if (t.row, t.steps) == (row, longest)]
+        if row in now.disagreeing and len(tries) == 1:
+            nodes = int(course.nodes[row])
+            return Order(row=row, steps=longest, nodes=nodes, why="its timings disagree, timed again")
     return None
 
 

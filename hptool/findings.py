@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hptool import files, report, train
+from hptool import report, train
 from hptool.campaign import rows_of, spent_gpu_hours, timings_of
 from hptool.candidates import Layouts
 from hptool.cost import Estimate
@@ -27,7 +27,7 @@ class Search:
 
 
 def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
-    """Everything known about the search, and `optimal.yaml` where something was measured."""
+    """Everything known about the search."""
     plan, results, estimate = search.plan, search.results, search.estimate
     records = results.outcomes()
     row_of = rows_of(search.course)
@@ -39,8 +39,6 @@ def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
     failed = sorted(by_layout.keys() - set(now.ranking), key=lambda row: plan.predictions.layouts.row(row).name)
     rows = [_row(search, now, row, by_layout[row]) for row in (*now.ranking, *failed)]
     best = next((row for row in rows if row.measurement), None)
-    if best is not None:
-        files.write_text(results.optimal, files.yaml_text(plan.config.with_layout(best.layout).document()))
     return report.Report(
         model=plan.config.run.name,
         num_parameters=plan.config.shape.num_parameters,
@@ -63,7 +61,7 @@ def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
             ended=search.ended,
         ),
         training=_training(plan, best),
-        notes=[*notes, *_notes(plan, rows)],
+        notes=[*notes, *_notes(plan, best, rows)],
         optimal_path=str(results.optimal) if best is not None else None,
         train_command=_train_command(plan, results) if best is not None else None,
     )
@@ -75,7 +73,7 @@ def _row(search: Search, now: Standing, row: int, tries: Sequence[OutcomeRecord]
     layout = plan.predictions.layouts.row(row)
     small = [r for r in tries if r.nodes == search.course.nodes[row]] or tries
     measured = [r for r in small if r.measurement] if row in now.timings else []
-    shown = max(measured, key=lambda r: r.steps) if measured else small[-1]
+    shown = max(measured, key=_weight) if measured else small[-1]
     config = timed_run(
         plan.config,
         layout,
@@ -96,10 +94,18 @@ def _row(search: Search, now: Standing, row: int, tries: Sequence[OutcomeRecord]
         measurement=shown.measurement,
         failure=shown.failure,
         full=_full(plan, now, row, tries) if shown.measurement else None,
+        disagreeing_s=tuple(r.measurement.step_time_s for r in small if r.measurement)
+        if row in now.disagreeing
+        else (),
         runs=len(tries),
         gpu_hours=sum(r.gpu_hours for r in tries),
         is_equal_to_best=row in now.equals,
     )
+
+
+def _weight(record: OutcomeRecord) -> tuple[int, float]:
+    """As the course weighs timings: the longest counts, and of equally long ones the fastest."""
+    return record.steps, -record.measurement.step_time_s if record.measurement else 0.0
 
 
 def _full(plan: Plan, now: Standing, row: int, tries: Sequence[OutcomeRecord]) -> report.Full:
@@ -132,7 +138,7 @@ def _training(plan: Plan, best: report.Row | None) -> report.Training:
     )
 
 
-def _notes(plan: Plan, rows: Sequence[report.Row]) -> list[str]:
+def _notes(plan: Plan, best: report.Row | None, rows: Sequence[report.Row]) -> list[str]:
     notes = []
     if any(row.gbs != plan.config.model.global_batch_size for row in rows):
         notes.append(
@@ -141,11 +147,13 @@ def _notes(plan: Plan, rows: Sequence[report.Row]) -> list[str]:
             f"{plan.config.model.global_batch_size}, so the batch of a run is smaller by its missing replicas. The "
             f"step on {plan.nodes} nodes is the measured one and, predicted on top, what the missing replicas add."
         )
-    if not plan.config.model.data.data_prefix:
+    if best and not plan.config.model.data.data_prefix:
         notes.append(
             "The winning config trains on synthetic tokens until model.data.data_prefix, or --data, names a .bin/.idx "
             "set or a text."
         )
+    if best and best.nodes == plan.request.verify_nodes:
+        notes.append(f"Runs used {best.nodes} nodes already, so none had to be repeated at scale.")
     if plan.config.model.rampup_batch_size is not None:
         notes.append("Runs trained on the full global batch; hptool train ramps it up as model.rampup_batch_size says.")
     return notes

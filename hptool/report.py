@@ -20,6 +20,9 @@ from hptool.measurement import Failure, Measurement
 from hptool.predict import Predictions
 from hptool.predict.flops import MODEL_FLOPS_CONVENTION
 
+#: Standard deviations on either side between which 95 % lie, as in the interval of a median.
+_SURE = 1.96
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Full:
@@ -42,6 +45,7 @@ class Row:
     """One layout that ran: what was expected of its longest run, what came of it, and what it means on all nodes.
 
     `runs` and `gpu_hours` count all its runs. It is equal to the best where the timings do not tell them apart.
+    `disagreeing_s` are its step times where they contradict each other.
     """
 
     layout: Layout
@@ -58,6 +62,7 @@ class Row:
     runs: int = 1
     gpu_hours: float = 0.0
     is_equal_to_best: bool = False
+    disagreeing_s: tuple[float, ...] = ()
 
     @property
     def spread_pct(self) -> float | None:
@@ -322,24 +327,30 @@ def _print_below(report: Report, console: Console) -> None:
 
 def answer_lines(report: Report) -> list[str]:
     """How sure the winner is, what the training takes with it, and what finding it cost."""
-    lines, spent, training, best = [], report.spent, report.training, report.winner
+    spent, training, best = report.spent, report.training, report.winner
+    lines = [f"search: {spent.ended}"] if spent.ended else []
     equals = [row.layout.name for row in report.measured if row.is_equal_to_best and row is not best]
     if equals:
         lines.append(f"equal:  {', '.join(equals)} (their intervals overlap: the timings do not tell them apart)")
+    if best and best.disagreeing_s:
+        seen = f"{min(best.disagreeing_s):.4g} to {max(best.disagreeing_s):.4g} s"
+        lines.append(f"beware: runs of the winner disagree, {seen} a step: nodes differ, or something else ran there")
+    if best and best.measurement and not best.measurement.is_steady:
+        lines.append("beware: the winner's steps had not settled when its run ended")
     if best and best.full:
-        at = f"{best.full.step_time_s:.4g} s ±{best.full.error:.1%} a step on {_nodes(report.nodes)}"
+        at = f"{best.full.step_time_s:.4g} s ±{_SURE * best.full.error:.1%} a step on {_nodes(report.nodes)}"
         if (scaled := best.full.at_scale) is not None:
             at += f", measured {scaled.step_time_s:.4g} s on {_nodes(best.full.at_scale_nodes or 0)}"
         lines.append(f"step:   {at}, {best.full.predicted_step_time_s:.4g} s predicted before the search")
     if training.days is not None:
         lines.append(
-            f"days:   {training.days:.3g} ±{training.days_error:.1%} for {training.steps:,} steps; "
+            f"days:   {training.days:.3g} ±{_SURE * (training.days_error or 0):.1%} for {training.steps:,} steps; "
             f"{training.predicted_days:.3g} predicted for the best layout before the search"
         )
-    lines.append(
-        f"cost:   {spent.gpu_hours:.3g} GPU hours in {spent.runs} runs; timing all {spent.grid_layouts} layouts would "
-        f"have taken {spent.grid_gpu_hours:.3g}"
-    )
+    grid = ""
+    if len(report.rows) < spent.grid_layouts:
+        grid = f"; timing all {spent.grid_layouts} layouts once would have taken {spent.grid_gpu_hours:.3g}"
+    lines.append(f"cost:   {spent.gpu_hours:.3g} GPU hours in {spent.runs} run{'s' if spent.runs != 1 else ''}{grid}")
     return lines
 
 

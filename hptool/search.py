@@ -1,5 +1,6 @@
 """The path, once, in order: plan, write, say what it costs, measure, report."""
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from hptool import catalogue, cost, files, launch, report
 from hptool.campaign import Work, measure, planned_run
 from hptool.cost import Dispatch, Estimate
 from hptool.course import Course
+from hptool.errors import LaunchError
 from hptool.findings import Search, make_report
 from hptool.plan import Plan, SearchRequest, make_plan, read_plan
 from hptool.results import ResultsDirectory
 from hptool.timed_runs import timed_run
-from hptool.watch import Screen, duration
+from hptool.watch import MEASURING, Screen, duration, of_directory
 from hptool.worker.refusals import refuse_missing_framework
 
 #: Asks whether to go on; only where somebody can answer.
@@ -49,7 +51,12 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
             screen.say(f"ended: {ended}")
         found = Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended)
         made = make_report(found, [note] if note else [])
-        report.write(made, plan.directory)
+        _write_report(plan, made)
+    except OSError as error:
+        raise LaunchError(
+            f"{error.filename or plan.directory}: cannot be written: {error.strerror}. "
+            "Make room there; what was measured is kept, and --resume goes on"
+        ) from error
     finally:
         results.close()
     return made, plan.directory
@@ -62,16 +69,28 @@ def scripts(directory: Path, made: report.Report) -> list[Path]:
 
 
 def read_report(directory: Path) -> report.Report:
-    """The report of the search in a directory, made anew from its records and written, whether or not it is at work."""
+    """The report of the search in a directory, made anew from its records, whether or not it is at work.
+
+    It is also written, where it can be.
+    """
     plan = read_plan(directory)
     course = plan.course
     _, estimate = _cost(plan, course)
     results = ResultsDirectory(directory)
-    status = results.read_status()
-    ended = status.doing if status else None
+    doing = of_directory(results).doing
+    ended = "still measuring; the winner may change" if doing == MEASURING else doing
     made = make_report(Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended))
-    report.write(made, directory)
+    with contextlib.suppress(OSError):  # somebody else's search, or an archived one
+        _write_report(plan, made)
     return made
+
+
+def _write_report(plan: Plan, made: report.Report) -> None:
+    """`report.html`, `report.csv`, and `optimal.yaml` where something was measured."""
+    if made.winner is not None:
+        config = plan.config.with_layout(made.winner.layout)
+        files.write_text(ResultsDirectory(plan.directory).optimal, files.yaml_text(config.document()))
+    report.write(made, plan.directory)
 
 
 def _cost(plan: Plan, course: Course) -> tuple[Dispatch, Estimate]:
@@ -93,11 +112,13 @@ def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]
         layouts = f"up to {estimate.layouts} of {estimate.grid_layouts} layouts, as many as pay"
     else:
         layouts = f"{estimate.layouts} of {estimate.grid_layouts} layouts"
-    budget = f", of a budget of {request.budget_gpu_hours:g}" if request.budget_gpu_hours is not None else ""
+    budget = (
+        f"; no more than {request.budget_gpu_hours:g} by your budget" if request.budget_gpu_hours is not None else ""
+    )
     cost_line = (
-        f"cost: {layouts}: some {estimate.usual_gpu_hours:.2g}, at most {estimate.gpu_hours:.2g} GPU hours{budget}; "
-        f"{duration(estimate.wall_s)} at most without queueing. Timing all {estimate.grid_layouts} would take "
-        f"{estimate.grid_gpu_hours:.3g} GPU hours"
+        f"cost: {layouts}: if predictions hold some {estimate.usual_gpu_hours:.2g}, "
+        f"at most {estimate.gpu_hours:.2g} GPU hours{budget}; {duration(estimate.wall_s)} at most without queueing. "
+        f"Timing all {estimate.grid_layouts} would take {estimate.grid_gpu_hours:.3g} GPU hours"
     )
     lines = [cost_line]
     if plan.cluster.scheduler == "slurm":
@@ -108,7 +129,8 @@ def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]
                 wanted = f"an allocation of {nodes} for up to {minutes:.0f} minutes, given back when no run needs it"
             else:
                 minutes = math.ceil(asked.minutes) + launch.SCHEDULER_MARGIN_MINUTES
-                wanted = f"up to {asked.jobs} jobs of {nodes}, {minutes:.0f} minutes each"
+                jobs = f"up to {asked.jobs} jobs, one for each timing," if asked.jobs > 1 else "a job"
+                wanted = f"{jobs} of {nodes}, {minutes:.0f} minutes each at the limit"
             lines.append(f"the scheduler is asked for {wanted}")
     return lines
 

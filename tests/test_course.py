@@ -417,9 +417,13 @@ def worlds(draw: st.DrawFn) -> World:
 def test_a_search_ends_and_wastes_nothing_in_any_world(world: World, slots: int, random: Random) -> None:
     c = world.course
     ended, _ = drive(world, slots, random)
-    # Nothing is run twice but what was lost, and that at most three times.
-    assert all(n == 1 for n in Counter(runs([t for t in ended if not t.may_run_again])).values())
-    assert all(n <= 3 for n in Counter(runs(ended)).values())
+    # Nothing is run twice but what was lost, at most three times, and what may have been disturbed, once more.
+    assert all(n <= 2 for n in Counter(runs([t for t in ended if not t.may_run_again])).values())
+    assert all(n <= 3 for n in Counter(runs([t for t in ended if t.may_run_again])).values())
+    assert all(
+        n == 1
+        for n in Counter((t.row, t.steps) for t in ended if t.nodes == c.verify_nodes and not t.may_run_again).values()
+    )
     tried = [t for t in ended if t.nodes == c.nodes[t.row]]
     assert len({t.row for t in tried}) <= c.layouts
     # Every layout rises through the stages, and not after it has failed.
@@ -462,4 +466,65 @@ def test_a_search_that_lost_sight_of_its_runs_still_repeats_none_that_ended(
     whole, _ = drive(world, slots, random)
     resumed, _ = drive(world, slots, random, begun=whole[:length])
     assert resumed[:length] == whole[:length]
-    assert all(n == 1 for n in Counter(runs([t for t in resumed if not t.may_run_again])).values())
+    # Twice where its runs disagree, or one was far slower than it should have been.
+    assert all(n <= 2 for n in Counter(runs([t for t in resumed if not t.may_run_again])).values())
+
+
+# ---------------------------------------------------------------- runs that something disturbed
+
+
+@dataclass(kw_only=True)
+class Disturbed(World):
+    """A world in which the first try of a row at a stage takes so many times what it should."""
+
+    slowed: dict[tuple[int, int], float]
+
+    def end(self, order: Order, before: Sequence[Timing]) -> Timing:
+        """As `World.end`."""
+        timing = super().end(order, before)
+        tried = any((t.row, t.steps) == (order.row, order.steps) for t in before)
+        factor = 1.0 if tried else self.slowed.get((order.row, order.steps), 1.0)
+        return replace(
+            timing,
+            step_time_s=factor * timing.step_time_s,
+            low_s=factor * timing.low_s,
+            high_s=factor * timing.high_s,
+        )
+
+
+def test_a_first_run_that_something_slowed_is_timed_again_and_wins() -> None:
+    rows = ROWS[:5]
+    world = Disturbed(course=course(rows, layouts=5), speed={}, slowed={(rows[0], 8): 2.0})
+    ended, _ = drive(world)
+    assert small(world, ended).count((rows[0], 8)) == 2
+    assert standing(world.course, ended).ranking[0] == rows[0]
+
+
+def test_a_slow_layout_that_was_expected_to_be_slow_is_not_timed_again() -> None:
+    slow = ROWS[-1]  # even as fast as predicted it would not win
+    world = Disturbed(course=course([*ROWS[:4], slow], layouts=5), speed={}, slowed={(slow, 8): 2.0})
+    ended, _ = drive(world)
+    assert small(world, ended).count((slow, 8)) == 1
+
+
+def test_timings_that_contradict_each_other_are_made_once_more_and_told() -> None:
+    rows = ROWS[:4]
+    fast = {rows[0]: 0.5}  # so that it wins whatever disturbs it
+    world = Disturbed(course=course(rows, layouts=4), speed=fast, slowed={(rows[0], 50): 1.3})
+    ended, _ = drive(world)
+    assert small(world, ended).count((rows[0], 50)) == 2
+    now = standing(world.course, ended)
+    assert list(now.disagreeing) == [rows[0]]
+    assert now.timings[rows[0]].step_time_s == pytest.approx(world.step_time_s(rows[0], now.timings[rows[0]].nodes))
+
+
+def test_layouts_whose_own_runs_differ_more_than_they_do_are_equal() -> None:
+    a, b = ROWS[:2]
+    world = World(course=course([a, b], layouts=2), speed={}, spread=0.001)
+    nodes_a, nodes_b = (int(world.course.nodes[row]) for row in (a, b))
+    one, other = (world.end(Order(row=row, steps=50, nodes=n, why=""), []) for row, n in ((a, nodes_a), (b, nodes_b)))
+    first, second = (a, b) if standing(world.course, [one, other]).ranking[0] == a else (b, a)
+    assert not standing(world.course, [one, other]).equals
+    best = one if first == a else other
+    slow = replace(best, steps=8, step_time_s=3 * best.step_time_s, low_s=2.9 * best.low_s, high_s=3.1 * best.high_s)
+    assert list(standing(world.course, [slow, one, other]).equals) == [second]

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from hptool import files
-from hptool.base_config import BaseConfig
 from hptool.candidates import Recompute, SearchSpace
 from hptool.cost import choose
 from hptool.findings import Search, make_report
@@ -57,7 +55,6 @@ def test_the_order_in_which_runs_end_does_not_matter(order: tuple[int, ...], tmp
     assert [row.layout.name for row in made.rows] == [FAST, SLOW, FULL]
     assert made.winner is not None
     assert made.winner.layout.name == FAST
-    assert files.read(tmp_path / "run" / "optimal.yaml", BaseConfig).layout.name == FAST
     assert [row["rank"] for row in table_rows(made)] == [1, 2, None]
 
 
@@ -147,3 +144,16 @@ def test_a_plan_that_is_read_back_makes_the_same_search(tmp_path: Path) -> None:
     assert again.document()["search"] == plan.document()["search"]
     assert again.course.stages == (8, 30)
     assert again.predictions.step_time_s.tolist() == plan.predictions.step_time_s.tolist()
+
+
+def test_runs_of_the_winner_that_contradict_each_other_are_shown(tmp_path: Path) -> None:
+    made = reported(
+        search(tmp_path),
+        [
+            record(FAST, samples.measurement(9.0)),
+            record(SLOW, samples.measurement(16.0)),
+            record(FAST, samples.measurement(13.0), steps=50, run=f"{FAST}.2"),
+        ],
+    )
+    assert made.rows[0].disagreeing_s == (9.0, 13.0)
+    assert any("runs of the winner disagree, 9 to 13 s a step" in line for line in answer_lines(made))
