@@ -274,6 +274,10 @@ def read_cluster(name_or_path: str) -> Cluster:
     document = read_yaml(path)
     if isinstance(document, Mapping) and isinstance(document.get("gpu"), str):
         document = {**document, "gpu": dataclasses.asdict(read_gpu(document["gpu"], str(path)))}
+    if isinstance(document, Mapping) and isinstance(variables := document.get("environment"), Mapping):
+        # NCCL_IB_DISABLE: 1 means what it says; yes and no are no words of a shell, and have to be quoted.
+        numbers = {k: str(v) for k, v in variables.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        document = {**document, "environment": {**variables, **numbers}}
     return parse(document, Cluster, str(path))
 
 

@@ -250,7 +250,7 @@ class Adaptive:
         by_experience = promise.gain + promise.works * promise.outlook.misfit / (k + 2)
         row = int(np.argmax(np.where(left, by_experience, -np.inf)))
         if (gain := float(by_experience[row])) >= self.worth_a_run:
-            why = f"predictions are {promise.outlook.misfit:.0%} off here, and only {k} runs in a row gained nothing"
+            why = f"only {k} runs without a gain so far, and predictions are {promise.outlook.misfit:.0%} off"
             return Proposal(row=row, expected_gain=gain, why=why)
         return Stop(why=f"another run is expected to gain {max(0.0, gain):.2%}, less than {self.worth_a_run:.0%}")
 

@@ -124,14 +124,14 @@ def _line(
     results: ResultsDirectory, submission: Submission, record: OutcomeRecord | None, word: str | None, *, is_gone: bool
 ) -> Line:
     measured = record.measurement if record else None
-    told = results.read_progress(submission.run) if record is None and not is_gone else None
+    told = results.read_progress(submission.run) if record is None else None
     if measured:
         state, detail = RunState.DONE, ""
     elif record:
         assert record.failure  # noqa: S101 (a record has one of both)
         state, detail = RunState.FAILED, f"{record.failure.kind.value}: {record.failure.message}"
     elif is_gone:
-        state, detail = RunState.GONE, ""
+        state, detail = RunState.GONE, _left_behind(results, submission.run, is_known=told is not None)
     elif told:
         state, detail = RunState.RUNNING, ""
     else:
@@ -152,6 +152,13 @@ def _line(
         spread=(measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s if measured else None,
         gpu_hours=record.gpu_hours if record else 0.0,
     )
+
+
+def _left_behind(results: ResultsDirectory, run: str, *, is_known: bool) -> str:
+    """What became of a run whose search is gone, as far as its own files say."""
+    if results.read_outcome(run) is not None:
+        return "has ended since; --resume collects it"
+    return "at work when its search ended; a job on Slurm may go on, and --resume waits for it" if is_known else ""
 
 
 def of_directory(results: ResultsDirectory) -> Snapshot:
@@ -244,7 +251,11 @@ def table(now: Snapshot, most_lines: int | None = None) -> RenderableType:
             "" if line.spread is None else f"{line.spread:.1%}",
             f"{line.predicted_step_time_s:.4g}",
         )
-    said = [f"{x.run}: {x.detail}" for x in shown if x.detail and x.state in (RunState.QUEUED, RunState.FAILED)]
+    said = [
+        f"{x.run}: {x.detail}"
+        for x in shown
+        if x.detail and x.state in (RunState.QUEUED, RunState.FAILED, RunState.GONE)
+    ]
     hidden = len(now.lines) - len(shown)
     return Group(
         made,

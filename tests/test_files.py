@@ -147,3 +147,13 @@ def test_a_profile_with_an_unknown_gpu_names_the_nearest(tmp_path: Path) -> None
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(InputError, match=r"mine.yaml: gpu: unknown GPU 'h10'; did you mean h100"):
         files.read_cluster(str(tmp_path / "mine.yaml"))
+
+
+def test_a_number_in_a_profiles_environment_is_its_text(tmp_path: Path) -> None:
+    text = (files.data_directory("cluster") / "local.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(f"{text}environment: {{NCCL_IB_DISABLE: 1, RATIO: 0.5, NAME: x}}\n")
+    cluster = files.read_cluster(str(tmp_path / "mine.yaml"))
+    assert cluster.environment == {"NCCL_IB_DISABLE": "1", "RATIO": "0.5", "NAME": "x"}
+    (tmp_path / "mine.yaml").write_text(f"{text}environment: {{DEBUG: yes}}\n")
+    with pytest.raises(InputError, match=r"environment\.DEBUG"):
+        files.read_cluster(str(tmp_path / "mine.yaml"))

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from hptool import watch
+from hptool import files, watch
 from hptool.cli import main
 from hptool.errors import InputError
 from hptool.measurement import FailureKind
@@ -135,6 +135,13 @@ def test_runs_that_their_search_left_are_interrupted(results: ResultsDirectory) 
     assert {states(now)[run] for run in ("queued", "starts", "runs")} == {RunState.GONE}
     assert states(now)["done"] is RunState.DONE
     assert now.doing == "interrupted; --resume goes on"
+    details = {line.run: line.detail for line in now.lines}
+    assert "a job on Slurm may go on" in details["runs"]
+    assert details["queued"] == ""
+    path = results.run_directory("runs") / "measurement.json"
+    files.write_text(path, files.json_text(samples.measurement()))
+    details = {line.run: line.detail for line in of_directory(results).lines}
+    assert details["runs"] == "has ended since; --resume collects it"
 
 
 def test_a_search_that_ended_says_why(results: ResultsDirectory) -> None:
