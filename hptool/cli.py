@@ -173,7 +173,8 @@ def search_train_command(
                 click.echo(f"the job of the first of them, {script}:\n\n{script.read_text(encoding='utf-8')}")
             click.echo(f"report: {directory / 'report.html'}")
         if made.winner is None and made.spent.ended is not None:
-            raise LaunchError(f"nothing was measured: {made.spent.ended}. See {directory / 'report.html'}")
+            reason = report.why_nothing_ran(made) if made.rows else f"nothing was run: {made.spent.ended}."
+            raise LaunchError(f"{reason} See {directory / 'report.html'}")
     except HptoolError as error:
         _fail(error)
     except KeyboardInterrupt as interrupt:
