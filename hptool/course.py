@@ -3,6 +3,7 @@
 Pure: what was timed so far decides what to run next, so a search that is resumed goes on the same way.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -25,8 +26,9 @@ RIVALS = 3
 _REPEATS = 2
 
 #: A run that took so many times what it should have, by its own prediction and what the others took of theirs, may have
-#: been disturbed: a slow node, a neighbour. Predictions of layouts of one search scatter by less (`predict.belief`).
+#: been disturbed: a slow node, a neighbour. It must also be so many deviations more than predictions are off by here.
 _DISTURBED = 1.4
+_SURPRISE = 3.0
 
 #: Measured layouts that say what predictions are off by.
 _WITNESSES = 3
@@ -234,11 +236,12 @@ def _disturbed(course: Course, timings: Sequence[Timing]) -> Order | None:
         return None
     stretch = {row: now.timings[row].step_time_s / float(landscape.run.step_time_s[row]) for row in rows}
     usual = median(stretch.values())
+    limit = usual * max(_DISTURBED, math.exp(_SURPRISE * now.outlook.misfit))
     best_s = float(now.outlook.step_time_s[now.ranking[0]])
     for row in rows:
         tries = [t for t in timings if (t.row, t.nodes) == (row, course.nodes[row]) and not t.may_run_again]
         should_s = usual * float(landscape.target.step_time_s[row])
-        if len(tries) == 1 and stretch[row] > _DISTURBED * usual and should_s < best_s:
+        if len(tries) == 1 and stretch[row] > limit and should_s < best_s:
             why = f"{stretch[row] / usual:.1f} times slower than the others let expect, timed again"
             return Order(row=row, steps=tries[0].steps, nodes=int(course.nodes[row]), why=why)
     return None
