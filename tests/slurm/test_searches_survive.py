@@ -206,7 +206,7 @@ def test_a_slow_run_a_drained_node_and_a_requeue_hold_up_nothing(drill: Drill) -
     assert search.end() == 0, drill.story()
     assert drill.measured() == {1, 2, 4}
     records = drill.records()
-    assert len(records) == 3
+    assert len({record["name"] for record in records}) == 3
     assert records[2]["job_id"] == slow
     assert f"{records[2]['run']}: pending, BeginTime" in search.said
 
