@@ -21,11 +21,20 @@ def test_constant_steps_lose_the_first(second: float, count: int) -> None:
     assert is_steady([second] * count)
 
 
-@given(seconds, st.integers(1, 50), st.integers(1, 60), st.floats(1.02, 100.0))
+@given(seconds, st.integers(1, 50), st.integers(2, 60), st.floats(1.02, 100.0))
 def test_slow_start_is_dropped_and_no_more(second: float, slow: int, more: int, factor: float) -> None:
     times = [second * factor] * slow + [second] * (slow + more)
     assert warmup_steps(times) == slow
     assert is_steady(times)
+
+
+@given(seconds, st.integers(2, 50), st.integers(0, 1), st.floats(1.03, 100.0))
+def test_slow_start_of_half_of_the_steps_leaves_too_few_to_trust(
+    second: float, slow: int, more: int, factor: float
+) -> None:
+    times = [second * factor] * slow + [second] * (slow + more)
+    assert warmup_steps(times) == slow
+    assert not is_steady(times)
 
 
 @given(seconds, st.floats(0.1, 20.0), st.floats(0.5, 4.0))

@@ -150,8 +150,9 @@ def test_a_controller_that_is_killed_changes_no_state_and_loses_no_job(
 def test_a_node_that_fails_takes_its_job_but_not_always_the_process(
     launcher: SlurmLauncher, slurm: DevSlurm, tmp_path: Path
 ) -> None:
-    job_id = start(launcher, f"sleep 8; touch {tmp_path}/written")
+    job_id = start(launcher, f"touch {tmp_path}/begun; sleep 8; touch {tmp_path}/written")
     until(launcher, job_id, JobState.RUNNING)
+    wait_for((tmp_path / "begun").exists)  # for the controller it runs before the node has started anything
     node = slurm.command("squeue", "-h", "-j", job_id, "-o", "%N").strip()
     kill(slurm, f"slurmd-{node}")
     # As the controller does itself when the node has been silent for SlurmdTimeout.
