@@ -114,8 +114,8 @@ class BaseConfig:
 
     @property
     def precision(self) -> Precision:
-        """What the weights are kept in."""
-        return PRECISIONS[self.trainer.precision]
+        """What GEMMs compute in: what the weights are kept in, or 8 bits where `model.fp8` asks for them."""
+        return "fp8" if self.model.fp8 else PRECISIONS[self.trainer.precision]
 
     @property
     def gpus(self) -> int:
@@ -145,6 +145,7 @@ class BaseConfig:
             sequence_parallel=self.model.sequence_parallel,
             flash_attention=self.model.use_flash_attention,
             alibi=self.is_alibi,
+            cp_comm_type=self.model.cp_comm_type,
             dropout=stack.hidden_dropout > 0,
             overlap_grad_sync=self.model.optim.overlap_grad_sync,
             overlap_param_sync=self.model.optim.overlap_param_sync,
@@ -265,8 +266,12 @@ def _contradictions(config: BaseConfig) -> Sequence[str]:
     vpp = model.virtual_pipeline_model_parallel_size
     need(vpp is None or vpp >= 1, "model.virtual_pipeline_model_parallel_size", "null, or 1 or more")
     need(config.run.name.isprintable(), "run.name", "one line of printable text")
+    kept = PRECISIONS[config.trainer.precision]
+    need(not model.fp8 or kept == "bf16", "model.fp8", f"false with trainer.precision {config.trainer.precision}")
+    both = model.fp8_e4m3 and model.fp8_hybrid
+    need(not both, "model.fp8_hybrid", "false where model.fp8_e4m3 is true: they are two formats")
     need(
-        model.precision is None or PRECISIONS.get(model.precision) == config.precision,
+        model.precision is None or PRECISIONS.get(model.precision) == kept,
         "model.precision",
         f"null, or as trainer.precision ({config.trainer.precision})",
     )

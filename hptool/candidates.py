@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,10 @@ from hptool.facts import VOCAB_DIVISOR, ModelShape, Precision
 
 IntColumn = NDArray[np.int64]
 BoolColumn = NDArray[np.bool_]
+
+
+#: What the sizes of an 8-bit GEMM must be multiples of (cuBLAS documentation, cublasLtMatmul, FP8 kernels).
+FP8_MULTIPLE = 16
 
 
 class Recompute(IntEnum):
@@ -143,6 +147,7 @@ class Workload:
     sequence_parallel: bool = True
     flash_attention: bool = True
     alibi: bool = False
+    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"
     dropout: bool = False
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
@@ -311,6 +316,7 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
     layers_per_chunk = np.maximum(1, layers // (t.pp * t.vpp))
     lengths = [length for length in (shape.encoder_seq_length, shape.seq_length) if length]
     has_experts, split = shape.num_experts > 0, t.tp > 1
+    by_heads = (t.cp > 1) & (work.cp_comm_type == "a2a")
     uniform, block = t.recompute == Recompute.UNIFORM, t.recompute == Recompute.BLOCK
     chunk = np.maximum(1, t.recompute_num_layers)
     return [
@@ -337,6 +343,21 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
         (f"2·cp does not divide the sequence of {shape.seq_length}", (t.cp > 1) & (shape.seq_length % (2 * t.cp) != 0)),
         ("context parallelism needs flash attention", (t.cp > 1) & (not work.flash_attention)),
         ("context parallelism needs attention without ALiBi", (t.cp > 1) & work.alibi),
+        *(
+            (f"cp does not divide a rank's {name} (cp_comm_type a2a)", by_heads & (count // t.tp % t.cp != 0))
+            for name, count in (("attention heads", heads), ("query groups", groups))
+        ),
+        *(
+            (
+                f"tp leaves a rank a part of {name} {width} that no multiple of {FP8_MULTIPLE} is (fp8)",
+                (work.precision == "fp8") & (width // t.tp % FP8_MULTIPLE != 0),
+            )
+            for name, width in (("hidden_size", shape.hidden_size), *_mlp_widths(shape))
+        ),
+        (
+            f"mbs times a rank's part of the sequence is no multiple of {FP8_MULTIPLE} (fp8)",
+            (work.precision == "fp8") & (t.mbs * (shape.seq_length // t.cp) % FP8_MULTIPLE != 0),
+        ),
         *(
             (
                 f"tp does not divide a rank's part of the sequence of {length} (sequence parallelism)",

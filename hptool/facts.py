@@ -65,11 +65,52 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPoint:
+    """One timed operation: its kind, its sizes by name, the median over repetitions and ranks.
+
+    `spread` is half the range between the quartiles of the repetitions, over their median.
+    """
+
+    kind: str
+    sizes: Mapping[str, int]
+    time_us: float
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_us < math.inf:
+            msg = f"time_us: {self.time_us} given, allowed is more than 0"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """How `hptool calibrate` came to the figures of a GPU.
+
+    `cluster` is the profile in whose jobs it was measured: there the links of the GPU, those that `links` names, hold
+    in the place of the profile's own. `fit_errors` are by kind the relative errors (root mean square, logarithms) of
+    the curves at the points.
+    """
+
+    device: str
+    date: str
+    versions: Mapping[str, str]
+    took_s: float
+    nodes: int
+    gpus_per_node: int
+    precision: Precision
+    fit_errors: Mapping[str, float]
+    cluster: str | None = None
+    links: tuple[Literal["intra_node", "inter_node"], ...] = ()
+    points: tuple[MeasuredPoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
     """One accelerator (or one CPU core of a rank), with the source of its figures.
 
     `peak_tflops` is dense (no sparsity), by precision. `memory_gib` is what a rank may use in all;
-    `reserved_gib` of it never reaches the tensors (device context, communication library, imports).
+    `reserved_gib` of it never reaches the tensors (device context, communication library, imports). `measured` says
+    how its figures were taken, where `hptool calibrate` has done it.
     """
 
     name: str
@@ -88,6 +129,7 @@ class GpuSpec:
     inter_node: Link
     gpus_per_nvlink_domain: int | None = None
     aliases: tuple[str, ...] = ()
+    measured: Measured | None = None
 
     def __post_init__(self) -> None:
         if self.default_precision not in self.peak_tflops:
@@ -284,11 +326,12 @@ class Framework:
     width beyond its projections; `gathered_share` of the former is not split by sequence parallelism. Without a flash
     kernel an attention score is saved in the model's precision, with `softmax_in_fp32` in fp32 too, and in
     `score_bytes` more. Context parallelism by gathering keys and values (`cp_gathers`) saves what it gathered. Logits
-    take `logit_bytes` each, and where a framework gathers the whole vocabulary (`gathers_logits`)
-    `gathered_logit_bytes` more. Recomputation rebuilds `rebuilt_layers` at once, of which `rebuilt_beside_logits` lie
-    beside the logits of the last stage. `weight_gradient_buffers` are one
-    more gradient of each weight of a layer, `table_gradient_buffer` one more of the embedding table (where no kernel
-    adds it to the main gradient); `allocated_mib` are buffers whatever the model.
+    of 16 bits take `logit_bytes` each, and where a framework gathers the whole vocabulary (`gathers_logits`)
+    `gathered_logit_bytes` more. Selective recomputation computes flash attention, which keeps no scores, again or not
+    (`recomputes_flash`). Recomputation of layers rebuilds `rebuilt_layers` at once, of which `rebuilt_beside_logits`
+    lie beside the logits of the last stage. `weight_gradient_buffers` are one more gradient of each weight of a layer,
+    `table_gradient_buffer` one more of the embedding table (where no kernel adds it to the main gradient);
+    `allocated_mib` are buffers whatever the model.
 
     The switches below stand for what a published table leaves out. The errors are relative standard deviations of
     what was not fitted away: how far to trust a prediction that was not calibrated. Where nothing was `fitted`, most
@@ -324,6 +367,7 @@ class Framework:
     table_gradient_buffer: bool
     allocated_mib: float
     recomputes: bool
+    recomputes_flash: bool
     zero_stage: int
     sequence_parallel: bool
     flash_attention: bool

@@ -42,6 +42,10 @@ class Measurement:
     interval does. `startup_s` passed from the start of the run's supervisor, imports included, to the start of the
     first step. `losses` are the mean loss of every step from the first. `peak_memory_gib` is of the fullest rank, and
     `memory_kind` says what was read: "max allocated" by the device's allocator, or "max resident" of the process.
+    Of a device there are two more figures, of the fullest rank each: the most that its allocator had reserved, and
+    what was taken of the device in all when the steps were done (the allocator's reserve, the device context, the
+    communication library, and whatever else ran there), with all that the device has. `kernels` says what computed
+    what: layers, attention, norms, loss, optimizer.
     """
 
     step_times_s: tuple[float, ...]
@@ -54,6 +58,9 @@ class Measurement:
     losses: tuple[float, ...]
     peak_memory_gib: float
     memory_kind: str
+    max_reserved_gib: float | None = None
+    device_used_gib: float | None = None
+    device_memory_gib: float | None = None
     gpus: int
     gbs: int
     seq_length: int
@@ -64,7 +71,7 @@ class Measurement:
     num_parameters: int
     device: str
     precision: str
-    attention: str
+    kernels: Mapping[str, str]
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -226,6 +226,7 @@ class ModelSection(StackSection):
     pipeline_model_parallel_split_rank: int | None = None
     virtual_pipeline_model_parallel_size: int | None = None
     context_parallel_size: int = 1
+    cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"
     expert_model_parallel_size: int = 1
     sequence_parallel: bool = True
     overlap_p2p_comm: bool = False
@@ -271,13 +272,13 @@ class ModelSection(StackSection):
     transformer_engine: bool = True
     use_flash_attention: bool = True
     get_attention_mask_from_fusion: bool = True
-    fp8: Literal[False] = False
+    fp8: bool = False
     fp8_e4m3: bool = False
     fp8_hybrid: bool = False
     fp8_margin: int = 0
     fp8_interval: int = 1
     fp8_amax_history_len: int = 1024
-    fp8_amax_compute_algo: str = "max"
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     fp8_wgrad: bool = True
     reduce_amax: bool = True
     ub_tp_comm_overlap: Literal[False] = False
@@ -289,7 +290,7 @@ class ModelSection(StackSection):
     megatron_amp_O2: Literal[True] = True  # noqa: N815 (NeMo's key)
     grad_allreduce_chunk_size_mb: int = 125
     gradient_accumulation_fusion: bool = False
-    cross_entropy_loss_fusion: bool = False
+    cross_entropy_loss_fusion: bool = True  # the worker's loss is fused whatever is asked for
     gradient_as_bucket_view: bool = True
     sync_batch_comm: bool = False
     use_cpu_initialization: bool = False

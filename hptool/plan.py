@@ -246,9 +246,9 @@ def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseCon
             raise InputError(f"override: trainer.{key}: {value} given, allowed is {allowed} (--nodes and the profile)")
     if config.precision not in cluster.gpu.peak_tflops:
         allowed_words = " or ".join(sorted(cluster.gpu.peak_tflops))
+        given = ("model.fp8", True) if config.model.fp8 else ("trainer.precision", config.trainer.precision)
         raise InputError(
-            f"{request.model}: trainer.precision: {config.trainer.precision!r} given, "
-            f"allowed on {cluster.gpu.name} is {allowed_words}"
+            f"{request.model}: {given[0]}: {given[1]!r} given, allowed on {cluster.gpu.name} is {allowed_words}"
         )
     return config
 

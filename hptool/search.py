@@ -16,7 +16,7 @@ from hptool.plan import Plan, SearchRequest, make_plan, read_plan
 from hptool.results import ResultsDirectory
 from hptool.timed_runs import timed_run
 from hptool.watch import MEASURING, Screen, duration, of_directory
-from hptool.worker.refusals import refuse_missing_framework
+from hptool.worker.refusals import refuse_missing_framework, refuse_missing_kernels
 
 #: Asks whether to go on; only where somebody can answer.
 Confirm = Callable[[], bool]
@@ -32,6 +32,8 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
         screen.say(remark)
     if not request.dry_run:
         refuse_missing_framework()
+        if plan.cluster.scheduler == "local":  # elsewhere the nodes may have what this machine has not
+            refuse_missing_kernels(plan.config)
     course = plan.course
     dispatch, estimate = _cost(plan, course)
     launcher = launch.launcher(plan.cluster, plan.directory / "jobs", dispatch.submit)

@@ -35,7 +35,7 @@ def measurement(step_time_s: float = 0.5, tflops: float = 0.01) -> Measurement:
         num_parameters=925_056,
         device="a CPU",
         precision="fp32",
-        attention="torch sdpa",
+        kernels={"layers": "Megatron-core local", "attention": "torch SDPA"},
         versions={"torch": "2.13.0"},
     )
 

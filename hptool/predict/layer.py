@@ -132,6 +132,9 @@ def layer_cost(t: Layouts, s: Setting) -> LayerCost:
     all_reduce = 2 * (t.tp - 1) / t.tp * on_rank * s.hidden * e
     tp_s = transfer_s(all_reduce, s, t.tp, ONE) + latency_s(s, t.tp, ONE) + s.collective_s * np.log2(t.tp)
     keys_and_values = (t.cp - 1) * 2 * s.kv_width / t.tp * on_rank * e
+    if np.any(s.cp_by_heads):  # queries, keys, values and output, but for the rank's own part of each
+        exchanged = (t.cp - 1) / t.cp * 2 * (s.attention_width + s.kv_width) / t.tp * on_rank * e
+        keys_and_values = choose(s.cp_by_heads > 0, exchanged, keys_and_values)
     bound_s = np.asarray(work.elements * e / s.memory_bytes_per_s)
     core_s = work.attention_s + work.scores_s
     nothing = np.zeros(len(t))

@@ -193,8 +193,9 @@ def _self_attending_bytes(t: Layouts, s: Setting, on_rank: Column, length: Colum
     # gathers for a GEMM and keeps is not split.
     on_hidden = s.hidden * (s.saved_hidden * e + 2 * s.dropout) * ((1 - s.gathered_share) / split + s.gathered_share)
     # Queries, keys, values and the attention's output. What context parallelism gathers is saved whole, and the output
-    # once more in the order of the sequence.
-    gathered = s.cp_gathers * (t.cp > 1) * (2 * s.kv_width * t.cp + s.attention_width)
+    # once more in the order of the sequence; exchanged for heads, the output alone is there twice.
+    gathered = (s.cp_gathers - s.cp_by_heads) * (2 * s.kv_width * t.cp) + s.cp_gathers * s.attention_width
+    gathered = (t.cp > 1) * gathered
     on_heads = (2 * s.attention_width + 2 * s.kv_width + gathered) * e / t.tp
     # What the MLP projects to, before and after its activation; with experts for each token routed to one, with the
     # token's copy before and after.

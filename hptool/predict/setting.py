@@ -95,8 +95,10 @@ class Setting:
     softmax_in_fp32: Column
     score_bytes: Column
     cp_gathers: Column
+    cp_by_heads: Column
     table_gradient_buffer: Column
     gathered_share: Column
+    recomputes_flash: Column
     rebuilt_layers: Column
     rebuilt_beside_logits: Column
     framework_bytes: Column
@@ -190,7 +192,8 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "hidden_passes": framework.hidden_passes,
         "ffn_passes": framework.ffn_passes,
         "score_passes": framework.score_passes,
-        "logit_bytes": element + 4 if element == 4 else framework.logit_bytes,  # noqa: PLR2004
+        # The framework's figure is of 16-bit logits.
+        "logit_bytes": framework.logit_bytes + element - 2,
         "gathers_logits": framework.gathers_logits,
         "gathered_logit_bytes": framework.gathered_logit_bytes,
         "weight_gradient_buffers": framework.weight_gradient_buffers,
@@ -199,6 +202,8 @@ def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str
         "softmax_in_fp32": framework.softmax_in_fp32,
         "score_bytes": framework.score_bytes,
         "cp_gathers": framework.cp_gathers,
+        "cp_by_heads": framework.cp_gathers and work.cp_comm_type == "a2a",
+        "recomputes_flash": framework.recomputes_flash,
         "table_gradient_buffer": framework.table_gradient_buffer,
         "gathered_share": framework.gathered_share,
         "rebuilt_layers": framework.rebuilt_layers,

@@ -137,7 +137,7 @@ def _stage(table: Table) -> _Stage:
         gemm_s=layers * c.gemm_s,
         attention_s=layers * c.attention_s,
         memory_bound_s=layers * c.memory_bound_s,
-        recompute_s=again * c.again_s + selective * c.core_s,
+        recompute_s=again * c.again_s + selective * choose(s.flash > s.recomputes_flash, 0 * c.core_s, c.core_s),
         tp_communication_s=layers * c.tp_s + again * c.tp_again_s,
         cp_communication_s=(3 * layers + again) * c.cp_again_s,
         ep_communication_s=(layers + again / 2) * c.ep_s,

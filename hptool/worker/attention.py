@@ -45,11 +45,14 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class SdpaAttention(torch.nn.Module):
-    """Attention of one layer without padding, in place of `DotProductAttention`: causal, over all keys, or with ALiBi.
+    """Attention of one layer, in place of `DotProductAttention`: causal or over all keys, with a mask or with ALiBi.
 
-    With context parallelism, which is for causal attention, each rank holds two chunks of the sequence (see
-    `batches.zigzag`); keys and values of all ranks are gathered, and each chunk of queries attends to what comes
-    before it.
+    A query whose keys are all masked attends to all of them: it is padding, and no number is a better answer.
+
+    With context parallelism, which knows neither masks nor ALiBi, each rank holds two chunks of the sequence (see
+    `batches.zigzag`). By `all_gather` keys and values of all ranks are gathered, and each chunk of queries attends to
+    what comes before it; by `a2a` the ranks exchange the sequence for heads, each attends with its part of them over
+    the whole sequence, and they exchange them back.
 
     `apply_query_key_layer_scaling` has no effect: Megatron divides the scores by the layer's number and multiplies
     them again within the softmax, for the range of fp16, which no config here uses.
@@ -68,16 +71,21 @@ class SdpaAttention(torch.nn.Module):
         alibi: AlibiBias | None = None,
     ) -> None:
         super().__init__()
-        del layer_number, attention_type, cp_comm_type
+        del layer_number, attention_type
         self._causal: bool = attn_mask_type is AttnMaskType.causal
         self._alibi = alibi
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self._context_group = groups.cp
         self._context_size: int = config.context_parallel_size
-        if self._context_size > 1 and (alibi or not self._causal):
-            msg = "context parallelism is for causal attention without ALiBi"
+        self._exchanges_heads: bool = cp_comm_type == "a2a"
+        if self._context_size > 1 and alibi:
+            msg = "context parallelism is for attention without ALiBi"
             raise ValueError(msg)
-        self._sequence_parallel: bool = config.sequence_parallel
+        if self._context_size > 1 and cp_comm_type not in (None, "all_gather", "a2a"):
+            msg = f"cp_comm_type: {cp_comm_type} given, allowed is all_gather or a2a"
+            raise ValueError(msg)
+        # Megatron draws what tensor ranks drop apart in a state of its own, which no compiler can enter.
+        self._draws_apart: bool = groups.tp.size() > 1 and not config.sequence_parallel
         self._dropout: float = config.attention_dropout if attention_dropout is None else attention_dropout
         self._scale: float = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -91,18 +99,30 @@ class SdpaAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: object = None,
     ) -> torch.Tensor:
-        """Query [s, b, heads, d], key and value [s, b, groups, d] to [s, b, heads·d]."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None  # noqa: PT018, S101 (ours)
+        """Query [s, b, heads, d], key and value [s, b, groups, d] to [s, b, heads·d].
+
+        `attention_mask` is true where a query must not look: bool, broadcast over [b, heads, s, s], as Megatron's.
+        """
+        assert attention_bias is None and packed_seq_params is None  # noqa: PT018, S101 (ours)
         del attn_mask_type
-        if self._context_size > 1:
-            context = self._forward_context_parallel(query, key, value)
+        if self._context_size == 1:
+            context = self._attend(query, key, value, attention_mask)
         else:
-            context = self._attend(query, key, value)
+            assert attention_mask is None  # noqa: S101 (as above)
+            exchange = self._attend_to_whole if self._exchanges_heads else self._attend_to_gathered
+            context = exchange(query, key, value)
         return context.reshape(context.size(0), context.size(1), -1)
 
-    def _forward_context_parallel(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend_to_whole(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        group = self._context_group
+        query, key, value = (_in_sequence(_exchange_for_heads(x, group), group.size()) for x in (query, key, value))
+        return _exchange_for_sequence(_as_pairs(self._attend(query, key, value), group.size()), group)
+
+    def _attend_to_gathered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         size, rank = self._context_size, self._context_group.rank()
         key, value = (_in_sequence(_gather(x, self._context_group), size) for x in (key, value))
+        if not self._causal:
+            return self._attend(query, key, value)
         half = query.size(0) // 2
         early, late = ((chunk + 1) * half for chunk in (rank, 2 * size - 1 - rank))
         return torch.cat(
@@ -112,18 +132,23 @@ class SdpaAttention(torch.nn.Module):
             ]
         )
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attention of queries that, where it is causal, are the last ones of the keys' sequence."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         dropout = self._dropout if self.training else 0.0
         bias = self._alibi(query) if self._alibi else None
+        if mask is not None:
+            hidden = _hidden(mask, query.size(2), key.size(2), causal=self._causal)
+            bias = ~hidden if bias is None else bias.masked_fill(hidden, -math.inf)
 
         def attend() -> torch.Tensor:
             return fused_attention(
                 query, key, value, causal=self._causal, bias=bias, dropout=dropout, scale=self._scale
             )
 
-        if dropout and not self._sequence_parallel:  # as DotProductAttention: ranks of a tensor group differ
+        if dropout and self._draws_apart:
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context = attend()
         else:
@@ -143,7 +168,8 @@ def fused_attention(
 ) -> torch.Tensor:
     """Attention by torch's fused kernels, [b, heads, s, d]; causal queries are the last ones of the keys' sequence.
 
-    A bias on the scores, which has to hide what comes later itself, rules out flash kernels and not fused ones.
+    A bias on the scores (or, of bool, what may be looked at), which has to hide what comes later itself, rules out
+    flash kernels and not fused ones.
     """
     grouped = query.size(1) != key.size(1)
     if grouped and not query.is_cuda:  # the CPU's flash kernel takes as many key heads as query heads
@@ -166,6 +192,27 @@ def fused_attention(
     )
 
 
+def _hidden(mask: torch.Tensor, queries: int, keys: int, *, causal: bool) -> torch.Tensor:
+    """What queries must not look at: what is masked and, where it is causal, what comes later."""
+    if causal:
+        ones = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
+        mask = mask | ones.triu(keys - queries + 1)
+    return mask & ~mask.all(-1, keepdim=True)
+
+
+def _exchange_for_heads(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """[s/cp, b, heads, d] to [s, b, heads/cp, d]: the own heads of all ranks' tokens, one rank after the other."""
+    parts = x.reshape(*x.shape[:2], group.size(), -1, x.size(3)).permute(2, 0, 1, 3, 4)
+    exchanged: torch.Tensor = tensor_parallel.all_to_all(group, parts.flatten(0, 1).contiguous())
+    return exchanged
+
+
+def _exchange_for_sequence(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """As `_exchange_for_heads`, back."""
+    exchanged: torch.Tensor = tensor_parallel.all_to_all(group, x.contiguous())
+    return exchanged.view(group.size(), -1, *x.shape[1:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
 def _gather(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
     """[s/cp, …] of all ranks of the group, one after the other; the gradient is scattered back, summed."""
     gathered: torch.Tensor = tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=group)
@@ -179,6 +226,12 @@ def _in_sequence(x: torch.Tensor, size: int) -> torch.Tensor:
     """
     pairs = x.view(size, 2, x.size(0) // (2 * size), *x.shape[1:])
     return torch.cat([pairs[:, 0].flatten(0, 1), pairs[:, 1].flip(0).flatten(0, 1)])
+
+
+def _as_pairs(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of `_in_sequence`."""
+    early, late = x.view(2, size, x.size(0) // (2 * size), *x.shape[1:])
+    return torch.stack([early, late.flip(0)], dim=1).flatten(0, 2)
 
 
 class _ZeroCentredLayerNorm(torch.nn.LayerNorm):

@@ -27,7 +27,7 @@ def build_stage(config: BaseConfig, megatron: TransformerConfig, vp_stage: int |
     return _UnpaddedBert(
         config=megatron,
         num_tokentypes=2 if binary else 0,
-        transformer_layer_spec=block(bert_layer(config), get_num_layers_to_build(megatron, vp_stage=vp_stage)),
+        transformer_layer_spec=block(config, bert_layer(config), get_num_layers_to_build(megatron, vp_stage=vp_stage)),
         vocab_size=config.shape.padded_vocab_size(config.layout.tp, config.model.make_vocab_size_divisible_by),
         max_sequence_length=config.shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

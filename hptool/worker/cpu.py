@@ -14,6 +14,9 @@ import torch
 
 _CPU = torch.device("cpu")
 
+#: torch.compile itself, for those who want it on a CPU all the same.
+torch_compile = torch.compile
+
 #: The functions that Megatron-core gives the literal device="cuda": in the schedules, the masks and the optimizer.
 _FACTORIES = ("ones", "tensor", "zeros")
 

@@ -82,7 +82,7 @@ class EncoderDecoderStage(LanguageModule):  # type: ignore[misc]  # Megatron has
         layer = cross_layer(config) if crossing else encoder_layer(config)
         made = _Stack(
             own,
-            block(layer, len(numbers)),
+            block(config, layer, len(numbers)),
             pre_process=True,  # it is given its input, wherever that comes from
             post_process=numbers[-1] == layers - 1,
             pg_collection=self.pg_collection,

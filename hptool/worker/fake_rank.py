@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hptool.base_config import BaseConfig
 from hptool.errors import InputError
-from hptool.worker import attention, batches, cpu
+from hptool.worker import attention, batches, cpu, cross_entropy, kernels
 from hptool.worker.batches import Microbatch
 from hptool.worker.rank import divide
 from hptool.worker.training import Training
@@ -51,6 +51,8 @@ _COMPILED = {
     fused_bias_swiglu: "swiglu bias_swiglu swiglu_back bias_swiglu_back",
     fused_bias_dropout: "bias_dropout_add_fused_train",
 }
+
+_LOSS_KERNELS = ("_statistics", "_become_gradient")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +179,9 @@ def _stand_ins(ledger: Ledger) -> Iterator[None]:
         (torch.nn.Module, "_apply", _apply),
         # CUDA's dropout keeps a mask of bytes, the CPU's the noise in the precision of its input.
         (torch.nn.functional, "dropout", _dropout),
+        # What is compiled saves what is not, and its kernels are the stand-ins below.
+        (kernels, "backend", lambda _: None),
+        *((cross_entropy, name, ledger.as_kernel(getattr(cross_entropy, name))) for name in _LOSS_KERNELS),
         # The operators that attention and RMSNorm come to on CUDA, instead of those of the CPU.
         (attention, "fused_attention", _cuda_attention),
         (torch.nn.functional, "rms_norm", _cuda_rms_norm),

@@ -1,7 +1,7 @@
 """A BaseConfig as Megatron-core's config and this rank's part of the model, of whatever family."""
 
-import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from megatron.core.utils import init_method_normal
 
 from hptool.base_config import BaseConfig
 from hptool.candidates import Recompute
-from hptool.errors import InputError
 from hptool.worker import bert, encoder_decoder
+from hptool.worker.cross_entropy import language_model_loss
+from hptool.worker.installed import uses_transformer_engine
 from hptool.worker.layers import block, gpt_layer
 from hptool.worker.megatron_fixes import cure_megatron
+from hptool.worker.refusals import fuses_rope, refuse_missing_kernels
 
 #: Of the MLP, without the gate and without NeMo's wish for a fused kernel.
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -34,10 +36,13 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
 
     Of T5 it describes the decoder; `encoder_decoder` derives the encoder's.
     """
-    _refuse_missing_kernels(config)
+    refuse_missing_kernels(config)
     model, stack, shape, layout = config.model, config.stack, config.shape, config.layout
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     interleaved = layout.vpp > 1
+    # Selective recomputation is for the scores of attention, and a flash kernel has kept none: there is nothing to gain
+    # from computing it again.
+    keeps_nothing = layout.recompute is Recompute.SELECTIVE and model.use_flash_attention
     return TransformerConfig(
         # shape
         num_layers=shape.num_layers,
@@ -62,12 +67,14 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
         output_layer_init_method=None if stack.use_scaled_init_method else init_method_normal(stack.init_method_std),
         use_cpu_initialization=model.use_cpu_initialization,
         params_dtype=dtype,
-        bf16=config.precision == "bf16",
+        bf16=dtype is torch.bfloat16,
+        **_fp8(config),
         # layout
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if interleaved else None,
         context_parallel_size=layout.cp,
+        cp_comm_type="p2p" if uses_transformer_engine(config) else model.cp_comm_type,
         expert_model_parallel_size=layout.ep,
         sequence_parallel=model.sequence_parallel and layout.tp > 1,
         # Overlap is for interleaving only, and there it is not a choice: with batched sends and PP=2, where both
@@ -79,16 +86,15 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
         deallocate_pipeline_outputs=not (interleaved and config.trainer.accelerator == "cpu"),
         pipeline_dtype=dtype,
         # recomputation
-        recompute_granularity=stack.activations_checkpoint_granularity,
+        recompute_granularity=None if keeps_nothing else stack.activations_checkpoint_granularity,
         recompute_method=layout.recompute.name.lower() if layout.recompute.is_full else None,
         recompute_num_layers=layout.recompute_num_layers if layout.recompute.is_full else None,
-        recompute_modules=["core_attn"] if layout.recompute is Recompute.SELECTIVE else None,
+        recompute_modules=["core_attn"] if layout.recompute is Recompute.SELECTIVE and not keeps_nothing else None,
         # kernels
         bias_activation_fusion=stack.bias_activation_fusion and _can_fuse_activation(config),
         bias_dropout_fusion=stack.bias_dropout_add_fusion,
         masked_softmax_fusion=stack.masked_softmax_fusion,
-        apply_rope_fusion=_fuses_rope(config),
-        cross_entropy_loss_fusion=model.cross_entropy_loss_fusion,
+        apply_rope_fusion=fuses_rope(config),
         gradient_accumulation_fusion=model.gradient_accumulation_fusion,
         persist_layer_norm=False,  # a kernel of Apex; torch's LayerNorm is fused already
         **_experts(config),
@@ -108,15 +114,10 @@ def build_chunks(config: BaseConfig, megatron: TransformerConfig) -> list[Langua
         chunk = build(config, megatron, stage if config.layout.vpp > 1 else None)
         if config.model.scale_embeddings and chunk.pre_process:
             chunk.embedding.register_forward_hook(_scale_embeddings)
+        if chunk.post_process:
+            chunk.compute_language_model_loss = partial(language_model_loss, group=chunk.pg_collection.tp)
         chunks.append(chunk)
     return chunks
-
-
-def attention_name(config: BaseConfig) -> str:
-    """What computes the core attention, for the measurement."""
-    if not config.model.use_flash_attention:
-        return "megatron dot product"
-    return "torch sdpa with alibi" if config.is_alibi else "torch sdpa"
 
 
 def _build_gpt(config: BaseConfig, megatron: TransformerConfig, vp_stage: int | None) -> LanguageModule:
@@ -125,7 +126,7 @@ def _build_gpt(config: BaseConfig, megatron: TransformerConfig, vp_stage: int | 
     positions = "none" if config.is_alibi else stack.position_embedding_type
     return GPTModel(
         config=megatron,
-        transformer_layer_spec=block(gpt_layer(config), get_num_layers_to_build(megatron, vp_stage=vp_stage)),
+        transformer_layer_spec=block(config, gpt_layer(config), get_num_layers_to_build(megatron, vp_stage=vp_stage)),
         vocab_size=config.shape.padded_vocab_size(config.layout.tp, config.model.make_vocab_size_divisible_by),
         max_sequence_length=config.shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -172,32 +173,16 @@ def _can_fuse_activation(config: BaseConfig) -> bool:
     return shape.gated_mlp or (activation == "gelu" and shape.has_bias)
 
 
-def _fuses_rope(config: BaseConfig) -> bool:
-    return config.stack.apply_rope_fusion and config.stack.position_embedding_type == "rope"
-
-
-def _refuse_missing_kernels(config: BaseConfig) -> None:
-    model, stack = config.model, config.stack
-    part = "model.decoder" if config.is_encoder_decoder else "model"
-    needs = []
-    if model.gradient_accumulation_fusion:
-        needs.append(("model.gradient_accumulation_fusion", "fused_weight_gradient_mlp_cuda", "Apex"))
-    # With flash attention there is no softmax kernel to fuse, and nothing to refuse.
-    if stack.masked_softmax_fusion and not model.use_flash_attention and config.precision == "bf16":
-        kernels = ["scaled_masked_softmax_cuda"]  # which says how rows are batched, whatever the mask
-        if not config.is_bert:
-            kernels.append("scaled_upper_triang_masked_softmax_cuda")
-        if config.is_bert or config.is_encoder_decoder:
-            kernels.append("scaled_softmax_cuda")
-        needs += [(f"{part}.masked_softmax_fusion", kernel, "Apex' megatron kernels") for kernel in kernels]
-    if _fuses_rope(config):
-        needs.append((f"{part}.apply_rope_fusion", "transformer_engine", "Transformer Engine"))
-    if model.moe_grouped_gemm and model.num_moe_experts:
-        needs.append(("model.moe_grouped_gemm", "grouped_gemm", "the grouped_gemm package"))
-    problems = [
-        f"{key}: True given, allowed is False where {owner} ({module}) is not installed"
-        for key, module, owner in needs
-        if importlib.util.find_spec(module) is None
-    ]
-    if problems:
-        raise InputError(*problems)
+def _fp8(config: BaseConfig) -> dict[str, Any]:
+    """8-bit GEMMs by Transformer Engine, with scales that follow the largest values seen (NeMo's recipe and keys)."""
+    model = config.model
+    if not model.fp8:
+        return {}
+    return {
+        "fp8": "e4m3" if model.fp8_e4m3 else "hybrid",
+        "fp8_recipe": "delayed",
+        "fp8_margin": model.fp8_margin,
+        "fp8_amax_history_len": model.fp8_amax_history_len,
+        "fp8_amax_compute_algo": model.fp8_amax_compute_algo,
+        "fp8_wgrad": model.fp8_wgrad,
+    }

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -25,8 +25,7 @@ from hptool.errors import InputError
 from hptool.measurement import Measurement
 from hptool.predict.flops import MODEL_FLOPS_CONVENTION, model_flops_per_step
 from hptool.units import GIB, TERA
-from hptool.worker import cpu, outcome, processes
-from hptool.worker.model import attention_name
+from hptool.worker import cpu, kernels, outcome, processes
 from hptool.worker.nodes import Place
 from hptool.worker.processes import Heartbeats, limit_memory
 from hptool.worker.training import StepReport, Training
@@ -38,6 +37,10 @@ _SEED_STRIDE = 100
 _ROOT_CAUSE_S = 20.0
 
 _PROGRESS_INTERVAL_S = 1.0
+
+#: The first of NVIDIA's compute capabilities with 8-bit floating point in its tensor cores (Ada; CUDA C++ Programming
+#: Guide, table of arithmetic by compute capability).
+_FP8_CAPABILITY = (8, 9)
 
 #: What Python would warn of in every run, and only Megatron-core could change.
 _MEGATRON_HABITS = (
@@ -81,9 +84,9 @@ def _run(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
     with refusals_by_name(place, heartbeats):
         training = Training(config, device, beat=lambda: heartbeats.beat(place.local_rank))
         reports, startup_s = _train(config, training, place, heartbeats)
-    peak = _peak_memory_gib(device)
+    memory = _memory_gib(device)
     if place.rank == 0:
-        outcome.write_measurement(place.directory, _measurement(config, reports, startup_s, peak, device))
+        outcome.write_measurement(place.directory, _measurement(config, reports, startup_s, memory, device))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -146,6 +149,12 @@ def _open_device(config: BaseConfig, place: Place) -> torch.device:
         )
     device = torch.device("cuda", place.local_rank)
     torch.cuda.set_device(device)
+    capability = torch.cuda.get_device_capability(device)
+    if config.model.fp8 and capability < _FP8_CAPABILITY:
+        raise InputError(
+            f"model.fp8: True given, allowed on {torch.cuda.get_device_name(device)} is False: its compute capability "
+            f"is {capability[0]}.{capability[1]}, and 8-bit GEMMs need {_FP8_CAPABILITY[0]}.{_FP8_CAPABILITY[1]}"
+        )
     return device
 
 
@@ -199,19 +208,29 @@ def tell_progress(config: BaseConfig, directory: Path, step: int, report: StepRe
         aside.replace(directory / outcome.PROGRESS)
 
 
-def _peak_memory_gib(device: torch.device) -> float:
-    """Of the fullest rank, as `_memory_kind` names it."""
+def _memory_gib(device: torch.device) -> dict[str, float]:
+    """Of the fullest rank, by the names of a measurement's fields."""
     if device.type == "cuda":
-        own = float(torch.cuda.max_memory_allocated(device))
+        free, total = torch.cuda.mem_get_info(device)
+        own = {
+            "peak_memory_gib": torch.cuda.max_memory_allocated(device),
+            "max_reserved_gib": torch.cuda.max_memory_reserved(device),
+            "device_used_gib": total - free,
+            "device_memory_gib": total,
+        }
     else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    peak = torch.tensor(own, dtype=torch.float64, device=device)
+        own = {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    peak = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
     torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
-    return float(peak) / GIB
+    return dict(zip(own, (peak / GIB).tolist(), strict=True))
 
 
 def _measurement(
-    config: BaseConfig, reports: list[StepReport], startup_s: float, peak_gib: float, device: torch.device
+    config: BaseConfig,
+    reports: list[StepReport],
+    startup_s: float,
+    memory_gib: Mapping[str, float],
+    device: torch.device,
 ) -> Measurement:
     all_times = [report.time_s for report in reports]
     warmup = timing.warmup_steps(all_times)
@@ -228,7 +247,7 @@ def _measurement(
         warmup_steps=warmup,
         startup_s=startup_s,
         losses=tuple(report.loss for report in reports),
-        peak_memory_gib=peak_gib,
+        **memory_gib,
         memory_kind="max allocated" if device.type == "cuda" else "max resident",
         gpus=gpus,
         gbs=gbs,
@@ -240,7 +259,7 @@ def _measurement(
         num_parameters=shape.num_parameters,
         device=_device_name(device),
         precision=config.precision,
-        attention=attention_name(config),
+        kernels=kernels.names(config),
         versions=_versions(device),
     )
 

@@ -6,6 +6,7 @@ from hptool.base_config import BaseConfig
 from hptool.candidates import SearchLimits, SearchSpace, enumerate_layouts
 from hptool.errors import InputError
 from hptool.worker import masking
+from hptool.worker.installed import is_installed, may_use_transformer_engine, uses_transformer_engine
 
 #: One step to warm up and one to time.
 _FEWEST_STEPS = 2
@@ -54,6 +55,41 @@ def refuse_missing_framework() -> None:
         raise InputError(f"the worker needs {' and '.join(missing)}: pip install 'hptool[worker]'")
 
 
+def refuse_missing_kernels(config: BaseConfig) -> None:
+    """InputError where the config asks for kernels that are not installed here, by key and owner."""
+    model, stack = config.model, config.stack
+    part = "model.decoder" if config.is_encoder_decoder else "model"
+    needs = []
+    if model.gradient_accumulation_fusion and not uses_transformer_engine(config):
+        needs.append(("model.gradient_accumulation_fusion", "fused_weight_gradient_mlp_cuda", "Apex"))
+    # With flash attention there is no softmax kernel to fuse, and nothing to refuse.
+    if stack.masked_softmax_fusion and not model.use_flash_attention and config.precision != "fp32":
+        kernels = ["scaled_masked_softmax_cuda"]  # which says how rows are batched, whatever the mask
+        if not config.is_bert:
+            kernels.append("scaled_upper_triang_masked_softmax_cuda")
+        if config.is_bert or config.is_encoder_decoder:
+            kernels.append("scaled_softmax_cuda")
+        needs += [(f"{part}.masked_softmax_fusion", kernel, "Apex' megatron kernels") for kernel in kernels]
+    if fuses_rope(config):
+        needs.append((f"{part}.apply_rope_fusion", "transformer_engine", "Transformer Engine"))
+    if model.fp8:
+        needs.append(("model.fp8", "transformer_engine", "Transformer Engine, whose GEMMs take 8 bits,"))
+    if model.moe_grouped_gemm and model.num_moe_experts:
+        needs.append(("model.moe_grouped_gemm", "grouped_gemm", "the grouped_gemm package"))
+    problems = [
+        f"{key}: True given, allowed is False where {owner} ({module}) is not installed"
+        for key, module, owner in needs
+        if not is_installed(module)
+    ]
+    if problems:
+        raise InputError(*problems)
+
+
+def fuses_rope(config: BaseConfig) -> bool:
+    """Rotary positions are applied by one kernel."""
+    return config.stack.apply_rope_fusion and config.stack.position_embedding_type == "rope"
+
+
 def _broken_rules(config: BaseConfig) -> list[str]:
     """The first of the candidates' rules that this layout breaks; a search space of one."""
     layout = config.layout
@@ -82,6 +118,8 @@ def _unsupported(config: BaseConfig) -> list[str]:
         if not ok:
             problems.append(f"{key}: {given!r} given, allowed is {allowed}")
 
+    allowed = "false without model.transformer_engine and model.use_flash_attention, or with ALiBi"
+    need(not model.fp8 or may_use_transformer_engine(config), "model.fp8", given=True, allowed=allowed)
     if config.is_alibi:
         positions = stack.position_embedding_type
         need(model.use_flash_attention, f"{part}.position_embedding_type", positions, "with model.use_flash_attention")

@@ -10,7 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from hptool.base_config import BaseConfig
-from hptool.worker import batches, data, initialise, model, optimizer
+from hptool.worker import batches, data, initialise, kernels, model, optimizer
 from hptool.worker.batches import LossFunction, Microbatch
 
 
@@ -53,6 +53,7 @@ class Training:
             for stage in stages:
                 initialise.fill(stage, config.model.init_method_std)
         self.chunks = optimizer.wrap(config, megatron, [stage.to(device) for stage in stages])
+        kernels.compile_layers(config, self.chunks)
         self.optimizer = optimizer.build(config, megatron, self.chunks)
         self._forward_backward = get_forward_backward_func()
         if config.model.gc_interval:

@@ -1,5 +1,6 @@
 """The attention through torch's kernels is the attention that Megatron-core computes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from hptool.base_config import BaseConfig
 from tests.worker.runs import on_ranks, tiny_config, tiny_family
 
 
-def largest_differences(config: BaseConfig, mask: str = "causal", keys: int | None = None) -> list[float]:
+def largest_differences(
+    config: BaseConfig, mask: str = "causal", keys: int | None = None, padded: Sequence[int] = ()
+) -> list[float]:
     """Of output and gradients, relative to their largest entry, from Megatron's DotProductAttention on one rank.
 
-    With `keys`, attention to another sequence of so many tokens.
+    With `keys`, attention to another sequence of so many tokens. So many tokens at the end of each of three samples
+    are `padded`: no key of theirs is looked at, and what their queries find does not count.
     """
     import torch  # noqa: PLC0415 (heavy)
     from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: PLC0415 (heavy)
@@ -33,14 +37,22 @@ def largest_differences(config: BaseConfig, mask: str = "causal", keys: int | No
         )
     ]
     weight = torch.randn(shape.seq_length, 3, shape.attention_width, generator=generator)
+    masks: dict[type, torch.Tensor | None] = {DotProductAttention: None, SdpaAttention: None}
+    if padded:
+        is_padding = torch.arange(shape.seq_length)[None] >= shape.seq_length - torch.tensor(padded)[:, None]
+        hidden = (is_padding[:, None, :] | is_padding[:, :, None])[:, None]  # as Megatron's BERT masks
+        later = torch.ones(shape.seq_length, shape.seq_length, dtype=torch.bool).triu(1)
+        # Megatron wants all that is hidden in its mask, also where its attention is causal.
+        masks = {DotProductAttention: hidden | later if mask == "causal" else hidden, SdpaAttention: hidden}
+        weight = weight.masked_fill(is_padding.T[:, :, None], 0)
     results = []
-    for kind in (DotProductAttention, SdpaAttention):
+    for kind in masks:
         query, key, value = (x.clone().requires_grad_() for x in inputs)
         # Layer 3: query-key layer scaling divides by the layer's number.
         attention = kind(megatron, 3, AttnMaskType[mask], "cross" if keys else "self")
-        output = attention(query, key, value, None)
+        output = attention(query, key, value, masks[kind])
         (output * weight).sum().backward()
-        results.append([output.detach(), *(x.grad for x in (query, key, value))])
+        results.append([(output * (weight != 0)).detach(), *(x.grad for x in (query, key, value))])
     return [float((a - b).abs().max() / a.abs().max()) for a, b in zip(*results, strict=True)]
 
 
@@ -71,6 +83,17 @@ def test_attention_to_all_keys_equals_dot_product_attention(
     (differences,) = on_ranks(tmp_path, config, lambda: largest_differences(config, mask, keys))
     assert len(differences) == 4
     assert max(differences) < 1e-5
+
+
+@pytest.mark.parametrize(("mask", "groups"), [("padding", 4), ("padding", 2), ("causal", 4)])
+def test_padding_is_not_looked_at(tmp_path: Path, mask: str, groups: int) -> None:
+    config = tiny_config(model__num_query_groups=groups)
+    padded = (0, 5, 31)
+    (differences,) = on_ranks(tmp_path, config, lambda: largest_differences(config, mask, padded=padded))
+    assert len(differences) == 4
+    assert max(differences) < 1e-5
+    (unmasked,) = on_ranks(tmp_path, config, lambda: largest_differences(config, mask))
+    assert max(unmasked) < 1e-5
 
 
 def alibi_differences(config: BaseConfig, slopes: list[float]) -> list[float]:
@@ -128,7 +151,7 @@ def test_alibi_is_a_bias_of_slope_times_distance(tmp_path: Path, heads: int, slo
         assert max(differences) < 1e-5
 
 
-def context_parallel_differences(config: BaseConfig) -> list[float]:
+def context_parallel_differences(config: BaseConfig, mask: str) -> list[float]:
     """Of this rank's part of output and gradients, from the same attention over the whole sequence on one rank."""
     import torch  # noqa: PLC0415 (heavy)
     from megatron.core import parallel_state  # noqa: PLC0415 (heavy)
@@ -152,20 +175,28 @@ def context_parallel_differences(config: BaseConfig) -> list[float]:
 
     megatron = transformer_config(config)
     query, key, value = (own(x).clone().requires_grad_() for x in inputs)
-    output = SdpaAttention(megatron, 1, AttnMaskType.causal, "self")(query, key, value)
+    exchange = config.model.cp_comm_type
+    output = SdpaAttention(megatron, 1, AttnMaskType[mask], "self", cp_comm_type=exchange)(query, key, value)
     (output * own(weight)).sum().backward()
     parts = [output.detach(), query.grad, key.grad, value.grad]
 
     megatron.context_parallel_size = 1
     query, key, value = (x.clone().requires_grad_() for x in inputs)
-    output = SdpaAttention(megatron, 1, AttnMaskType.causal, "self")(query, key, value)
+    output = SdpaAttention(megatron, 1, AttnMaskType[mask], "self")(query, key, value)
     (output * weight).sum().backward()
     wholes = [own(x) for x in (output.detach(), *(x.grad for x in (query, key, value)))]
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(parts, wholes, strict=True)]
 
 
-@pytest.mark.parametrize(("size", "groups"), [(2, 4), (2, 2), (4, 4)])
-def test_context_parallel_ranks_compute_their_part(tmp_path: Path, size: int, groups: int) -> None:
-    config = tiny_config(trainer__devices=size, model__context_parallel_size=size, model__num_query_groups=groups)
-    for differences in on_ranks(tmp_path, config, lambda: context_parallel_differences(config)):
+@pytest.mark.parametrize("mask", ["causal", "no_mask"])
+@pytest.mark.parametrize(
+    ("exchange", "size", "groups"),
+    [("all_gather", 2, 4), ("all_gather", 2, 2), ("all_gather", 4, 4), ("a2a", 2, 2), ("a2a", 4, 4)],
+)
+def test_context_parallel_ranks_compute_their_part(
+    tmp_path: Path, exchange: str, size: int, groups: int, mask: str
+) -> None:
+    changes = {"context_parallel_size": size, "num_query_groups": groups, "cp_comm_type": exchange}
+    config = tiny_config(trainer__devices=size, **{f"model__{key}": value for key, value in changes.items()})
+    for differences in on_ranks(tmp_path, config, lambda: context_parallel_differences(config, mask)):
         assert max(differences) < 1e-5

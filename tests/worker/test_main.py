@@ -49,7 +49,7 @@ def test_two_ranks_leave_a_measurement(config: str, tmp_path: Path) -> None:
     assert len(found.losses) == 5
     assert found.gpus == 2
     assert found.memory_kind == "max resident"
-    assert found.attention == "torch sdpa"
+    assert found.kernels["attention"] == "torch SDPA"
     assert set(found.versions) >= {"python", "hptool", "torch", "megatron-core"}
     tokens = found.gbs * found.seq_length / found.step_time_s / found.gpus
     assert found.tokens_per_s_per_gpu == pytest.approx(tokens)

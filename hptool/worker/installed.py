@@ -1,0 +1,25 @@
+"""What is installed beside torch and Megatron-core, and who uses it; imports none of it."""
+
+import importlib.util
+
+from hptool.base_config import BaseConfig
+
+TRANSFORMER_ENGINE = "transformer_engine"
+
+
+def is_installed(package: str) -> bool:
+    """It can be imported, as far as one can say without doing so."""
+    return importlib.util.find_spec(package) is not None
+
+
+def uses_transformer_engine(config: BaseConfig) -> bool:
+    """Its layers are taken: it is installed, asked for (NeMo's default), and has what the model needs."""
+    return (
+        may_use_transformer_engine(config) and config.trainer.accelerator != "cpu" and is_installed(TRANSFORMER_ENGINE)
+    )
+
+
+def may_use_transformer_engine(config: BaseConfig) -> bool:
+    """The config lets its layers be taken, and they have what the model needs."""
+    model = config.model
+    return model.transformer_engine and model.use_flash_attention and not config.is_alibi
