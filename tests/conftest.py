@@ -1,6 +1,8 @@
 """What tests share: published data, and configs of a tiny model."""
 
 import csv
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from hptool.presets import Site
 from hptool.scaling import FLOP_PER_PARAMETER_TOKEN, SeedRuns
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heard here and in what tests start, also where a shell has started pytest in the background, deaf."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +51,23 @@ def test_the_csv_holds_every_run_by_field_name(tmp_path: Path) -> None:
     failed = table.loc[Layout(mbs=2).name]
     assert (failed["outcome"], failed["message"]) == ("oom", "out of memory")
     assert pd.isna(failed["step_time_s"])
+
+
+def test_what_a_device_held_is_shown_with_what_is_free_and_never_scored() -> None:
+    figures = {"max_reserved_gib": 64.0, "device_used_gib": 66.5, "device_memory_gib": 79.2}
+    slow, fast = samples.measurement(0.9), samples.measurement(0.5)
+    full = replace(slow, peak_memory_gib=61.25, memory_kind="max allocated", **figures)
+    made = samples.sample_report([samples.row(Layout(tp=2), full), samples.row(Layout(pp=2), fast)])
+    assert [run["name"] for run in report.table_rows(made)] == [Layout(pp=2).name, Layout(tp=2).name]
+    best, second = report.table_rows(made)
+    assert (second["peak_memory_gib"], second["max_reserved_gib"], second["device_used_gib"]) == (61.25, 64.0, 66.5)
+    assert second["headroom_gib"] == pytest.approx(79.2 - 66.5)
+    assert (best["max_reserved_gib"], best["headroom_gib"]) == (None, pytest.approx(4.0 - 0.4))
+    text = " ".join(printed(samples.sample_report([samples.row(Layout(tp=2), full)])).split())
+    said = "61.25 GiB max allocated, 64.00 reserved, 66.50 taken of the device; 12.70 of 79.2 GiB free, 84% used"
+    assert said in text
+    assert report.USUAL_BAND in text
+    assert "max allocated or max resident" in report.html(made)
 
 
 def test_json_says_the_same() -> None:
