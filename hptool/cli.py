@@ -1,11 +1,13 @@
 """The commands: they parse, call and print. The only print and the only exit code."""
 
+import contextlib
 import json
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,6 +20,9 @@ from hptool.errors import HptoolError, InputError, LaunchError
 
 #: What a shell expects of a command that a signal ended.
 _SIGNALLED = 128
+
+#: How often progress is told where no terminal shows it.
+_TELL_S = 10.0
 
 
 class _ListOrAuto(click.ParamType[Any]):
@@ -129,6 +134,11 @@ Examples:
     help="Activation checkpointing: none, selective, uniform[-N], block[-N], full (uniform and block).",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp8"]),
+    help="What GEMMs compute in; fp8 needs Transformer Engine on the nodes.  [default: the model's]",
+)
+@click.option(
     "--results",
     type=click.Path(path_type=Path),
     help="Directory of this search.  [default: results/MODEL-CLUSTER-NODESn]",
@@ -141,6 +151,7 @@ def search_train_command(
     as_json: bool,  # noqa: FBT001 (click passes by name)
     yes: bool,  # noqa: FBT001 (as above)
     output_top_n: int,
+    precision: str | None,
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -158,9 +169,11 @@ def search_train_command(
         from rich.console import Console  # noqa: PLC0415
 
         from hptool import report, search, watch  # noqa: PLC0415
+        from hptool.nemo_keys import PRECISION_OVERRIDES  # noqa: PLC0415
         from hptool.plan import SearchRequest  # noqa: PLC0415
 
-        request = SearchRequest(space=space, overrides=overrides, **options)
+        chosen = PRECISION_OVERRIDES[precision] if precision else ()
+        request = SearchRequest(space=space, overrides=(*chosen, *overrides), **options)
         # Who cannot be asked has decided already.
         asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
         with watch.screen(Console(stderr=True, highlight=False), _say) as screen:
@@ -519,6 +532,79 @@ def replay_command(results: Path, verbose: bool, as_json: bool, **options: Any) 
             replay.print_replay(made, Console(highlight=False), each_grid=each_grid)
     except HptoolError as error:
         _fail(error)
+
+
+_CALIBRATE_EXAMPLES = """\b
+Examples:
+  hptool calibrate
+  hptool calibrate --cluster my-cluster.yaml --nodes 2
+  hptool calibrate --peak-tflops bf16=362 --output my-gpu.yaml
+"""
+
+
+@main.command("calibrate", epilog=_CALIBRATE_EXAMPLES)
+@click.option("--cluster", help="A profile, or the path of one: measure by one job there.  [default: this machine]")
+@click.option(
+    "--nodes", type=int, help="Nodes of the job; across two, their links are measured too.  [default: 2 or 1]"
+)
+@click.option(
+    "--device", type=click.Choice(["cuda", "cpu"]), help="What to measure.  [default: CUDA where there is any]"
+)
+@click.option(
+    "--peak-tflops",
+    multiple=True,
+    metavar="PRECISION=TFLOPS",
+    help="Dense peak of the data sheet, such as bf16=989.4; for a GPU that hptool does not know.",
+)
+@click.option(
+    "--max-minutes", type=float, default=3.0, show_default=True, help="Time for it, once the job runs; more is better."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Where the facts go.  [default: cluster/gpus/GPU.yaml, from here]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def calibrate_command(as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Measure the GPUs that you have, for predictions of your own.
+
+    Times GEMMs, attention, layers, the host and the links between GPUs, fits the curves that predictions use, writes
+    them as the facts of the GPU, and says where they differ from those in use. Run from the same directory, hptool
+    takes facts in cluster/gpus before its own.
+    """
+    _terminate_like_ctrl_c()
+    try:
+        from rich.console import Console  # noqa: PLC0415 (because --help should not wait for them)
+
+        from hptool import calibrate  # noqa: PLC0415
+
+        with _progress(Console(stderr=True, highlight=False)) as show:
+            made = calibrate.calibrate(calibrate.CalibrateRequest(**options), _say, show)
+        if as_json:
+            click.echo(json.dumps(made.document(), indent=2))
+        else:
+            made.show(Console(highlight=False))
+    except HptoolError as error:
+        _fail(error)
+    except KeyboardInterrupt as interrupt:
+        click.echo("hptool: interrupted; nothing was written", err=True)
+        sys.exit(_SIGNALLED + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+
+
+@contextlib.contextmanager
+def _progress(console: Any) -> Iterator[Callable[[str], None]]:
+    """What shows how far something is: in one line that changes, or as a line every few seconds."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+        return
+    told = -_TELL_S
+
+    def show(text: str) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _TELL_S:
+            told = time.monotonic()
+            _say(text)
+
+    yield show
 
 
 def _say(message: str) -> None:

@@ -20,6 +20,13 @@ PRECISIONS: Mapping[str | int, Precision] = {
     "32-true": "fp32",
 }
 
+#: The keys of each precision of GEMMs. 8 bits are NeMo's usual two formats: more fraction forward, more range backward.
+PRECISION_OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    "fp32": ("trainer.precision=32", "model.fp8=false"),
+    "bf16": ("trainer.precision=bf16", "model.fp8=false"),
+    "fp8": ("trainer.precision=bf16", "model.fp8=true", "model.fp8_e4m3=false", "model.fp8_hybrid=true"),
+}
+
 #: NeMo's activations of the MLP. `fast-` asks for a fused kernel, which `bias_activation_fusion` decides here.
 Activation = Literal["gelu", "geglu", "fast-geglu", "swiglu", "fast-swiglu", "squared-relu"]
 

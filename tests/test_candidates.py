@@ -1,6 +1,7 @@
 """Layouts: each legal one once, each illegal one counted, checked against rules written out one by one."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,28 @@ def test_an_illegal_layout_of_another_family_is_refused_by_name(
     said = refusal(layout, work)
     assert said is not None
     assert reason in said
+
+
+def test_heads_of_a_group_are_exchanged_whole() -> None:
+    grouped = Workload(shape=shape(num_query_groups=8), gbs=1024, gpus=1024, gpus_per_node=8, cp_comm_type="a2a")
+    assert refusal(Layout(tp=4, cp=2), grouped) is None
+    assert refusal(Layout(tp=4, cp=4), grouped) == "cp does not divide a rank's query groups (cp_comm_type a2a)"
+    assert refusal(Layout(tp=4, cp=4), replace(grouped, cp_comm_type="all_gather")) is None
+    alike = replace(workload(), cp_comm_type="a2a")
+    assert refusal(Layout(tp=8, cp=16), alike) == "cp does not divide a rank's attention heads (cp_comm_type a2a)"
+    assert refusal(Layout(tp=8, cp=4), alike) is None
+
+
+def test_gemms_of_8_bits_come_in_sixteens() -> None:
+    odd = Workload(shape=shape(ffn_hidden_size=4 * 12288 + 64), gbs=1024, gpus=1024, gpus_per_node=8, precision="fp8")
+    assert refusal(Layout(tp=4), odd) is None
+    assert refusal(Layout(tp=8), odd) == (
+        "tp leaves a rank a part of ffn_hidden_size 49216 that no multiple of 16 is (fp8)"
+    )
+    assert refusal(Layout(tp=8), replace(odd, precision="bf16")) is None
+    short = replace(odd, shape=shape(seq_length=2056))
+    assert refusal(Layout(), short) == "mbs times a rank's part of the sequence is no multiple of 16 (fp8)"
+    assert refusal(Layout(mbs=2), replace(short, gbs=2048)) is None
 
 
 def test_experts_need_sequence_parallelism_where_they_are_split() -> None:

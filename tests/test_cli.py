@@ -31,7 +31,18 @@ def search(tmp_path: Path, *words: str, model: str = "gpt3/tiny", cluster: str =
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["search-train"], ["status"], ["report"], ["predict"], ["replay"], ["recommend"], ["base-config"], ["train"]],
+    [
+        [],
+        ["search-train"],
+        ["status"],
+        ["report"],
+        ["predict"],
+        ["replay"],
+        ["recommend"],
+        ["base-config"],
+        ["train"],
+        ["calibrate"],
+    ],
 )
 def test_help_is_frozen(command: list[str], snapshot: SnapshotAssertion) -> None:
     assert hptool(*command, "--help").output == snapshot
@@ -129,6 +140,19 @@ def test_no_feasible_layout_counts_the_reasons_and_says_what_helps(tmp_path: Pat
     assert "mbs·dp does not divide the global batch of 8" in done.output
     assert "what would help" in done.output
     assert not (tmp_path / "run").exists()
+
+
+def test_the_precision_is_a_choice_of_the_search(tmp_path: Path) -> None:
+    words = ("--dry-run", "--nodes", "1", "--mbs", "1", "--recompute", "none", "--precision")
+    done = search(tmp_path, *words, "fp8", model="gpt3/126m", cluster="dgx-h100")
+    assert done.exit_code == 0, done.output
+    written = files.read_yaml(tmp_path / "run" / "base_config.yaml")
+    assert (written["trainer"]["precision"], written["model"]["fp8"]) == ("bf16", True)
+    assert (written["model"]["fp8_hybrid"], written["model"]["fp8_e4m3"]) == (True, False)
+    refused = search(tmp_path / "other", *words, "fp8", model="gpt3/126m", cluster="dgx-a100")
+    assert refused.exit_code == 2
+    allowed = "allowed on a100-80gb is bf16 or fp16 or fp32 or tf32"
+    assert f"gpt3/126m: model.fp8: True given, {allowed}" in refused.stderr
 
 
 def test_dry_run_ranks_and_writes_everything_and_launches_nothing(tmp_path: Path) -> None:

@@ -254,6 +254,27 @@ def test_experts_spread_over_ranks_take_less_memory_and_send_tokens(dgx_a100: Cl
     assert (np.diff(expected.step_time.ep_communication_s) > 0).all()
 
 
+def test_exchanging_heads_costs_less_than_gathering_keys_where_ranks_are_many(dgx_a100: Cluster) -> None:
+    work = replace(workload(), shape=replace(workload().shape, seq_length=32768, max_position_embeddings=32768))
+    table = Layouts.of([Layout(tp=4, cp=2), Layout(tp=4, cp=8), Layout(tp=4)])
+    gathered = expect(table, work, dgx_a100)
+    exchanged = expect(table, replace(work, cp_comm_type="a2a"), dgx_a100)
+    # Of 8 ranks each gets 7 parts of keys and values, or sends 7/8 of its queries, keys, values and output.
+    ratio = exchanged.step_time.cp_communication_s / np.maximum(1e-12, gathered.step_time.cp_communication_s)
+    assert ratio[0] == pytest.approx(1.0, rel=0.05)
+    assert ratio[1] == pytest.approx(2 / 8, rel=0.05)
+    assert exchanged.memory.activations_gib[1] < gathered.memory.activations_gib[1]
+    assert exchanged.step_time_s[2] == gathered.step_time_s[2]
+    assert exchanged.memory_gib[2] == gathered.memory_gib[2]
+
+
+def test_recomputing_a_flash_attention_costs_only_those_who_do_it(dgx_a100: Cluster) -> None:
+    table = Layouts.of([Layout(tp=8, pp=8), Layout(tp=8, pp=8, recompute=Recompute.SELECTIVE)])
+    for framework, costs in (("hptool-worker", False), ("megatron-core", True)):
+        plain, again = expect(table, workload(), dgx_a100, framework).step_time_s.tolist()
+        assert (again > plain) is costs
+
+
 def test_groups_across_nodes_share_their_nodes_ports(dgx_a100: Cluster) -> None:
     # Eight ranks of a group in each node have eight ports, one rank has one: gradients of as many bytes take longer.
     work = replace(GPT3_175B, shape=LLAMA_3_8B, gbs=1024)

@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -54,7 +55,7 @@ def test_the_csv_holds_every_run_by_field_name(tmp_path: Path) -> None:
 
 
 def test_what_a_device_held_is_shown_with_what_is_free_and_never_scored() -> None:
-    figures = {"max_reserved_gib": 64.0, "device_used_gib": 66.5, "device_memory_gib": 79.2}
+    figures: dict[str, Any] = {"max_reserved_gib": 64.0, "device_used_gib": 66.5, "device_memory_gib": 79.2}
     slow, fast = samples.measurement(0.9, 0.006), samples.measurement(0.5, 0.011)
     full = replace(slow, peak_memory_gib=61.25, memory_kind="max allocated", **figures)
     made = samples.sample_report([samples.row(Layout(tp=2), full), samples.row(Layout(pp=2), fast)])

@@ -19,10 +19,16 @@ text           tokenizers, and texts as tokens
 training       the loop and its clock
 optimizer      data parallelism, Adam and the learning rate
 model          a BaseConfig as Megatron's config and model
+layers         the layers that models are built of, and bert and encoder_decoder the models of these families
+kernels        what computes with what: Transformer Engine, what torch compiles, and its names
+installed      what is installed beside torch and Megatron-core
 attention      core attention and norm that need neither Transformer Engine nor Apex
+cross_entropy  the loss over a vocabulary that is spread over ranks
 initialise     weights that do not depend on the layout, for tests
 data           synthetic or tokenised samples, the same for every layout
 cpu            stand-ins that let Megatron-core run without CUDA
+microbenchmarks  timed operations of a device, for `hptool calibrate`
+collectives    timed exchanges between ranks, for the same
 dry_run        the command, and `dry_run`: what a rank of a job of any size holds in memory, without a GPU
 fake_rank      one rank's training on tensors without contents, and the ledger of their bytes
 """

@@ -284,6 +284,10 @@ def test_zero_centred_norms_are_the_norms_of_their_weight_and_one() -> None:
         (tiny_family("llama", model__apply_rope_fusion=True), "model.apply_rope_fusion: True given"),
         (tiny_family("moe", model__moe_grouped_gemm=True), "model.moe_grouped_gemm: True given"),
         (
+            {"model__fp8": True, "model__fp8_hybrid": True, "trainer__precision": "bf16"},
+            "model.fp8: True given",
+        ),
+        (
             tiny_family(
                 "bert",
                 model__masked_softmax_fusion=True,
@@ -305,6 +309,10 @@ def test_a_missing_kernel_is_refused_by_name(changes: dict[str, Any], said: str)
     ("changes", "said"),
     [
         (tiny_family("alibi", model__use_flash_attention=False), "allowed is with model.use_flash_attention"),
+        (
+            tiny_family("alibi", model__fp8=True, trainer__precision="bf16"),
+            "model.fp8: True given, allowed is false without",
+        ),
         (tiny_family("llama", model__rotary_percentage=0.2), "an even part of the 16 channels"),
         (tiny_family("llama", model__seq_len_interpolation_factor=0.0), "model.seq_len_interpolation_factor: 0.0"),
         (
