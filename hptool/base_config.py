@@ -146,6 +146,7 @@ class BaseConfig:
             flash_attention=self.model.use_flash_attention,
             alibi=self.is_alibi,
             cp_comm_type=self.model.cp_comm_type,
+            cuda_graph=self.model.enable_cuda_graph,
             dropout=stack.hidden_dropout > 0,
             overlap_grad_sync=self.model.optim.overlap_grad_sync,
             overlap_param_sync=self.model.optim.overlap_param_sync,

@@ -149,6 +149,7 @@ class Workload:
     alibi: bool = False
     cp_comm_type: Literal["all_gather", "a2a"] = "all_gather"
     dropout: bool = False
+    cuda_graph: bool = False
     overlap_grad_sync: bool = False
     overlap_param_sync: bool = False
     zero_stage: int = 1
@@ -338,6 +339,7 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
         ),
         ("experts need sequence parallelism where tp > 1", has_experts & split & (not work.sequence_parallel)),
         ("experts with biases cannot be split by tp", has_experts & split & shape.has_bias),
+        ("CUDA graphs need tp, pp and cp of 1", (t.gpus_per_replica > 1) & work.cuda_graph),
         ("a virtual pipeline needs pp > 1", (t.vpp > 1) & (t.pp == 1)),
         ("context parallelism needs a causal model without an encoder", (t.cp > 1) & (not shape.is_causal_alone)),
         (f"2·cp does not divide the sequence of {shape.seq_length}", (t.cp > 1) & (shape.seq_length % (2 * t.cp) != 0)),

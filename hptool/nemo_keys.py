@@ -301,6 +301,7 @@ class ModelSection(StackSection):
     gradient_as_bucket_view: bool = True
     sync_batch_comm: bool = False
     use_cpu_initialization: bool = False
+    enable_cuda_graph: bool = False
     apex_transformer_log_level: int = 30
     gc_interval: int = 0
     seed: int = 1234

@@ -208,6 +208,13 @@ def test_gemms_of_8_bits_come_in_sixteens() -> None:
     assert refusal(Layout(mbs=2), replace(short, gbs=2048)) is None
 
 
+def test_cuda_graphs_are_for_one_gpu_a_replica() -> None:
+    graphs = replace(workload(gbs=1024), cuda_graph=True)
+    assert refusal(Layout(), graphs) is None
+    for layout in (Layout(tp=8), Layout(pp=8), Layout(cp=8)):
+        assert refusal(layout, graphs) == "CUDA graphs need tp, pp and cp of 1"
+
+
 def test_experts_need_sequence_parallelism_where_they_are_split() -> None:
     experts = shape(num_experts=8, expert_ffn_hidden_size=1024, has_bias=False)
     work = Workload(shape=experts, gbs=1024, gpus=1024, gpus_per_node=8, sequence_parallel=False)

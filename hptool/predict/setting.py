@@ -140,7 +140,8 @@ def stack(scenarios: Sequence[tuple[Workload, Cluster, Framework]]) -> Setting:
 
 def _numbers(work: Workload, cluster: Cluster, framework: Framework) -> dict[str, float]:
     shape, gpu, efficiency = work.shape, cluster.gpu, cluster.gpu.efficiency
-    launch_s = gpu.launch_overhead_us * MICRO
+    # A graph is launched once, whatever is in it.
+    launch_s = 0.0 if work.cuda_graph else gpu.launch_overhead_us * MICRO
     attention_precision = _ATTENTION_PRECISION.get(work.precision, work.precision)
     element = WEIGHT_BYTES[work.precision]
     doubt = UNSURE_SHAPE if shape.num_experts or shape.encoder_num_layers else 0.0

@@ -54,13 +54,19 @@ def compile_layers(config: BaseConfig, chunks: list[DistributedDataParallel]) ->
     own = backend(_device_type(config))
     if own is None or not compiles_layers(config):
         return
+    # torch's name for it. Only its own compiler knows of graphs; the others are for finding faults.
+    options: dict[str, Any] | None = (
+        {"triton.cudagraphs": True} if config.model.enable_cuda_graph and own == "inductor" else None
+    )
     for chunk in chunks:
         for layer in [module for module in chunk.modules() if isinstance(module, TransformerLayer)]:
             _wait_outside(chunk, layer)
             for module in layer.modules():
                 if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                     module._forward_impl = _linear  # noqa: SLF001 (Megatron's own is for several ranks)
-            layer.forward = cpu.torch_compile(layer.forward, backend=own, dynamic=False, fullgraph=True)
+            layer.forward = cpu.torch_compile(
+                layer.forward, backend=own, dynamic=False, fullgraph=True, options=options
+            )
 
 
 def names(config: BaseConfig) -> dict[str, str]:
@@ -71,7 +77,8 @@ def names(config: BaseConfig) -> dict[str, str]:
     else:
         own = backend(_device_type(config))
         fused = f"Megatron-core local, fused functions by torch.compile ({own})" if own else "Megatron-core local"
-        layers = f"Megatron-core local, compiled whole ({own})" if compiles_layers(config) else fused
+        graphs = ", CUDA graphs" if config.model.enable_cuda_graph else ""
+        layers = f"Megatron-core local, compiled whole ({own}{graphs})" if compiles_layers(config) else fused
         attention, norms = "Megatron-core dot product", "torch"
         if config.model.use_flash_attention:
             attention = "torch SDPA with ALiBi" if config.is_alibi else "torch SDPA"

@@ -76,6 +76,11 @@ def refuse_missing_kernels(config: BaseConfig) -> None:
         needs.append(("model.fp8", "transformer_engine", "Transformer Engine, whose GEMMs take 8 bits,"))
     if model.moe_grouped_gemm and model.num_moe_experts:
         needs.append(("model.moe_grouped_gemm", "grouped_gemm", "the grouped_gemm package"))
+    if model.enable_cuda_graph and (uses_transformer_engine(config) or model.gradient_accumulation_fusion):
+        raise InputError(
+            "model.enable_cuda_graph: True given, allowed is False with layers of Transformer Engine or weight "
+            "gradients of Apex (set model.transformer_engine and model.gradient_accumulation_fusion to false)"
+        )
     problems = [
         f"{key}: True given, allowed is False where {owner} ({module}) is not installed"
         for key, module, owner in needs
@@ -118,6 +123,9 @@ def _unsupported(config: BaseConfig) -> list[str]:
         if not ok:
             problems.append(f"{key}: {given!r} given, allowed is {allowed}")
 
+    graphs = config.trainer.accelerator != "cpu" and model.use_flash_attention and not model.num_moe_experts
+    allowed = "false on a CPU, without model.use_flash_attention, and with experts (their layers are not compiled)"
+    need(not model.enable_cuda_graph or graphs, "model.enable_cuda_graph", given=True, allowed=allowed)
     allowed = "false without model.transformer_engine and model.use_flash_attention, or with ALiBi"
     need(not model.fp8 or may_use_transformer_engine(config), "model.fp8", given=True, allowed=allowed)
     if config.is_alibi:

@@ -130,6 +130,9 @@ class Training:
         """The output of one chunk for the next of the waiting microbatches, and the loss of it."""
         batch = next(waiting)
         self._beat()
+        if self._config.model.enable_cuda_graph:
+            # What the graphs of the microbatch before have left in their memory is needed no more.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch leaves it so
         return batches.forward(batch, chunk)
 
     def _agree(self, losses: list[torch.Tensor], own_time: float) -> StepReport:

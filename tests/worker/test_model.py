@@ -309,6 +309,7 @@ def test_a_missing_kernel_is_refused_by_name(changes: dict[str, Any], said: str)
     ("changes", "said"),
     [
         (tiny_family("alibi", model__use_flash_attention=False), "allowed is with model.use_flash_attention"),
+        ({"model__enable_cuda_graph": True}, "model.enable_cuda_graph: True given, allowed is false on a CPU"),
         (
             tiny_family("alibi", model__fp8=True, trainer__precision="bf16"),
             "model.fp8: True given, allowed is false without",
