@@ -1,6 +1,7 @@
 """The attention through torch's kernels is the attention that Megatron-core computes."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def largest_differences(
     from hptool.worker.model import transformer_config  # noqa: PLC0415 (heavy)
 
     megatron = transformer_config(config)
-    shape = config.shape
+    shape, dtype = config.shape, torch.bfloat16 if config.precision == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(5)
     inputs = [
         torch.randn(length, 3, heads, shape.kv_channels, generator=generator)
@@ -47,7 +48,7 @@ def largest_differences(
         weight = weight.masked_fill(is_padding.T[:, :, None], 0)
     results = []
     for kind in masks:
-        query, key, value = (x.clone().requires_grad_() for x in inputs)
+        query, key, value = (x.to(dtype, copy=True).requires_grad_() for x in inputs)
         # Layer 3: query-key layer scaling divides by the layer's number.
         attention = kind(megatron, 3, AttnMaskType[mask], "cross" if keys else "self")
         output = attention(query, key, value, masks[kind])
@@ -62,10 +63,11 @@ def largest_differences(
     ids=str,
 )
 def test_equals_dot_product_attention(tmp_path: Path, changes: dict[str, Any]) -> None:
-    config = tiny_config(**changes)
-    (differences,) = on_ranks(tmp_path, config, lambda: largest_differences(config))
-    assert len(differences) == 4
-    assert max(differences) < 1e-5
+    for precision, most in ((32, 1e-5), ("bf16", 1e-2)):
+        config = tiny_config(**changes, trainer__precision=precision)
+        (differences,) = on_ranks(tmp_path / str(precision), config, partial(largest_differences, config))
+        assert len(differences) == 4
+        assert max(differences) < most
 
 
 @pytest.mark.parametrize(
