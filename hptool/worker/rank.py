@@ -189,6 +189,8 @@ def _train(
         heartbeats.finish_step(place.local_rank)
         if step == 0:
             startup_s = time.monotonic() - heartbeats.started - report.time_s
+            if config.trainer.accelerator != "cpu":  # what choosing kernels took is not the training's
+                torch.cuda.reset_peak_memory_stats()
         reports.append(report)
         if place.rank == 0:
             print(f"step {step + 1} of {config.trainer.max_steps}: loss {report.loss:.6f}, {report.time_s:.4f} s")  # noqa: T201 (the log)
