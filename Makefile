@@ -1,13 +1,17 @@
 # make demo   set up, then a real search on this machine without a GPU
 # make test   set up, then all tests (installs and starts a development Slurm; needs root for that)
+# make gpu    measure on one real GPU within ten minutes; docs/gpu.md
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RESULTS ?= results/demo
+GPU_PYTHON ?= $(BIN)/python
+GPU_RESULTS ?= results/gpu
+GPU_OPTIONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: demo test browser lint format slurm-up slurm-down clean
+.PHONY: demo test gpu browser lint format slurm-up slurm-down clean
 
 demo: $(VENV)/.worker
 	@echo "make demo: finding the fastest of 6 layouts of a tiny GPT-3 on two processes; about a minute"
@@ -17,9 +21,14 @@ demo: $(VENV)/.worker
 
 test: $(VENV)/.dev browser
 	@echo "make test: unit, numerics, local and Slurm tests; about 25 minutes on two cores"
-	$(BIN)/python -m pytest --ignore=tests/worker
+	@# What is in tests/gpu needs a GPU: make gpu.
+	$(BIN)/python -m pytest --ignore=tests/worker --ignore=tests/gpu
 	@# Apart, because ranks are forked from the process of these tests, and forking a large one is slow.
 	$(BIN)/python -m pytest tests/worker
+
+# Another interpreter brings torch and all else along: nothing is installed for it.
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.worker)
+	$(GPU_PYTHON) -m tests.gpu --output $(GPU_RESULTS) $(GPU_OPTIONS)
 
 # The report is looked at in a real browser.
 browser:

@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 _PACKAGE = Path(__file__).resolve().parent
 
+#: Where a user's own GPU facts lie, from where hptool is run.
+GPUS_HERE = Path("cluster") / "gpus"
+
 
 class _Loader(yaml.CSafeLoader):
     """Safe YAML that reads `1e-4` as a number (YAML 1.2; PyYAML wants `1.0e-4`) and refuses a key given twice."""
@@ -219,20 +222,30 @@ def with_value(document: Any, keys: Sequence[str], value: Any) -> Any:
 
 
 def read_gpus() -> dict[str, GpuSpec]:
-    """All GPUs of `cluster/gpus/` by their names and aliases, in small letters."""
+    """All GPUs by their names and aliases, in small letters.
+
+    Those of `./cluster/gpus/`, where `hptool calibrate` writes, come before those that hptool comes with.
+    """
     known = {}
-    for path in sorted((data_directory("cluster") / "gpus").glob("*.yaml")):
-        spec = read(path, GpuSpec)
-        known.update({name.lower(): spec for name in (spec.name, *spec.aliases)})
+    shipped, own = data_directory("cluster") / "gpus", GPUS_HERE.absolute()
+    for directory in (shipped, *([own] if own.resolve() != shipped.resolve() else [])):
+        for path in sorted(directory.glob("[!.]*.yaml")):
+            spec = read(path, GpuSpec)
+            known.update({name.lower(): spec for name in (spec.name, *spec.aliases)})
     return known
 
 
-def read_gpu(name: str, source: str) -> GpuSpec:
-    """The GPU called `name` (or one of its aliases) from `cluster/gpus/`."""
+def read_gpu(name_or_path: str, source: str) -> GpuSpec:
+    """The GPU of that name (or one of its aliases), or of a file by its path, which ends in .yaml or .yml."""
+    if name_or_path.endswith((".yaml", ".yml")):
+        return read(Path(name_or_path), GpuSpec)
     known = read_gpus()
-    if name.lower() not in known:
-        raise InputError(f"{source}: gpu: unknown GPU {name!r}; {nearest(name, sorted(known))}")
-    return known[name.lower()]
+    if name_or_path.lower() not in known:
+        raise InputError(
+            f"{source}: gpu: unknown GPU {name_or_path!r}; {nearest(name_or_path, sorted(known))} "
+            "(or give the path of a .yaml file)"
+        )
+    return known[name_or_path.lower()]
 
 
 def read_frameworks() -> dict[str, Framework]:
@@ -269,16 +282,31 @@ def read_networks() -> tuple[Network, ...]:
 
 
 def read_cluster(name_or_path: str) -> Cluster:
-    """A profile by its name under `cluster/`, or by the path of a YAML file."""
+    """A profile by its name under `cluster/`, or by the path of a YAML file.
+
+    Its `gpu` is a name, or a path beside the profile. A link that it leaves out, or that was measured in its own jobs,
+    is the GPU's.
+    """
     path = named_file(name_or_path, data_directory("cluster"), "*.yaml", "cluster profile")
     document = read_yaml(path)
-    if isinstance(document, Mapping) and isinstance(document.get("gpu"), str):
-        document = {**document, "gpu": dataclasses.asdict(read_gpu(document["gpu"], str(path)))}
+    if isinstance(document, Mapping) and isinstance(name := document.get("gpu"), str):
+        is_file = name.endswith((".yaml", ".yml"))
+        document = _with_gpu(document, read_gpu(str(path.parent / name) if is_file else name, str(path)))
     if isinstance(document, Mapping) and isinstance(variables := document.get("environment"), Mapping):
         # NCCL_IB_DISABLE: 1 means what it says; yes and no are no words of a shell, and have to be quoted.
         numbers = {k: str(v) for k, v in variables.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         document = {**document, "environment": {**variables, **numbers}}
     return parse(document, Cluster, str(path))
+
+
+def _with_gpu(document: Mapping[str, Any], gpu: GpuSpec) -> Mapping[str, Any]:
+    """A profile's document with the facts of its GPU, and the links that are the GPU's to give."""
+    measured = gpu.measured
+    if measured is not None:  # the points have served the fit, and would swell the plan of every search
+        gpu = dataclasses.replace(gpu, measured=dataclasses.replace(measured, points=()))
+    links = {name: dataclasses.asdict(getattr(gpu, name)) for name in ("intra_node", "inter_node")}
+    own = measured.links if measured is not None and measured.cluster == document.get("name") else ()
+    return {**links, **document, **{name: links[name] for name in own}, "gpu": dataclasses.asdict(gpu)}
 
 
 def named_file(name_or_path: str, directory: Path, pattern: str, what: str) -> Path:

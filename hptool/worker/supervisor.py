@@ -64,7 +64,7 @@ class NodeJob:
     `memory_gib_per_rank` is a hard limit, for CPU ranks. When the process `owner_pid` is gone, so is the run.
     `hang_s` is how long no rank may finish a microbatch once the first step is done. `environment` is set before
     anything is loaded. With `orders` the ranks train for real: a first SIGTERM or SIGINT then asks them to write a
-    checkpoint and end.
+    checkpoint and end. With `benchmark_s` they measure their devices for so many seconds instead (`microbenchmarks`).
     """
 
     config_path: str
@@ -75,6 +75,7 @@ class NodeJob:
     hang_s: float = 300.0
     environment: Mapping[str, str] = field(default_factory=dict)
     orders: Orders | None = None
+    benchmark_s: float | None = None
 
 
 class RunFailedError(RuntimeError):
@@ -120,6 +121,10 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
             if node.index == 0:
                 outcome.clear(directory)
             run_rank = load_framework(config.trainer.accelerator, job.orders)
+            if job.benchmark_s is not None:
+                from hptool.worker.microbenchmarks import measure_rank  # noqa: PLC0415 (imports torch)
+
+                run_rank = partial(measure_rank, job.benchmark_s)
         except InputError as error:
             _record(directory, outcome.failure_of(error, watch.first_rank, None))
             raise
