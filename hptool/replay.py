@@ -112,7 +112,7 @@ def _axis(rows: pd.DataFrame, axis: str) -> Column:
 
 
 def _recompute(rows: pd.DataFrame) -> IntColumn:
-    known = {"none": Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.UNIFORM}
+    known = {mode.name.lower(): mode for mode in Recompute} | {"full": Recompute.UNIFORM}
     modes = [next((mode for word, mode in known.items() if x.startswith(word)), 9) for x in _words(rows, "recompute")]
     return np.array(modes, dtype=np.int64)
 

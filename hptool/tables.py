@@ -535,6 +535,9 @@ def _trainer_arguments(notes: str) -> dict[str, bool]:
 _MODES = {"none": Recompute.NONE, "selective": Recompute.SELECTIVE, "full": Recompute.UNIFORM}
 _OPEN = -1
 
+#: How hptool itself says it, with the number of layers: in names of layouts and in reports.
+_COUNTED_MODE = re.compile(r"(uniform|block)-?([0-9]{1,4})")
+
 #: What of a scenario decides on the layouts that its rows can stand for.
 _OF_SCENARIO: Mapping[str, Callable[[Scenario], int]] = {
     "layers": lambda s: s.work.shape.num_layers,
@@ -598,7 +601,8 @@ def _layouts(
     Fills in why a row can have none.
     """
     columns = {f"given_{name}": _counts(frame, name, rejection) for name in _CUT}
-    columns |= {"mode": _modes(frame, rejection), "row": np.arange(len(frame)), "scenario": entry}
+    columns |= _modes(frame, rejection)
+    columns |= {"row": np.arange(len(frame)), "scenario": entry}
     known = np.array([not reason for reason in rejection], dtype=np.bool_)
     e = _Entries(columns={name: column[known] for name, column in columns.items()}, rejection=rejection)
     for name, number in _OF_SCENARIO.items():
@@ -623,7 +627,8 @@ def _layouts(
     too_much = (e["given_mbs"] > 0) & (e["mbs"] * e["dp"] > e["gbs"])
     e.keep(~too_much, "mbs·dp: {mbs}·{dp} given, allowed is at most the global batch of {gbs}")
     e["chunk"] = np.maximum(1, e["layers"] // (e["pp"] * e["vpp"]))
-    e.each(("recompute", "recompute_num_layers"), _recomputations, ("mode", "recomputes", "flash", "chunk"))
+    of = ("mode", "mode_layers", "recomputes", "flash", "chunk")
+    e.each(("recompute", "recompute_num_layers"), _recomputations, of)
     return e.columns
 
 
@@ -653,10 +658,12 @@ def _mbs_sizes(given: int, gbs: int, dp: int) -> Sequence[int]:
     return [given] if given else [size for size in _OPEN_MBS if gbs % (size * dp) == 0] or [1]
 
 
-def _recomputations(mode: int, recomputes: bool, flash: bool, layers: int) -> Sequence[tuple[int, int]]:  # noqa: FBT001 (cells)
-    """Modes with their counts of layers, of which a chunk has `layers`."""
+def _recomputations(mode: int, given: int, recomputes: bool, flash: bool, layers: int) -> Sequence[tuple[int, int]]:  # noqa: FBT001 (cells)
+    """Modes with their counts of layers, of which a chunk has `layers`; `given` is what a cell says of them."""
+    if mode == Recompute.BLOCK and given >= layers:
+        return [(Recompute.UNIFORM, 1)]  # the same
     if mode != _OPEN:
-        return [(mode, 1 if mode == Recompute.UNIFORM else 0)]
+        return [(mode, min(layers, given or 1) if mode >= Recompute.UNIFORM else 0)]
     if recomputes:
         return [(Recompute.UNIFORM, 1)]
     blocks = [(Recompute.BLOCK, max(1, round(fraction * layers))) for fraction in _OPEN_BLOCKS]
@@ -676,14 +683,21 @@ def _counts(frame: pd.DataFrame, name: str, rejection: list[str]) -> IntColumn:
     return np.nan_to_num(cells).astype(np.int64)
 
 
-def _modes(frame: pd.DataFrame, rejection: list[str]) -> IntColumn:
-    """The modes of recomputation of a column of words, `_OPEN` where none is given; rejects rows with other words."""
-    modes = []
+def _modes(frame: pd.DataFrame, rejection: list[str]) -> dict[str, IntColumn]:
+    """The modes of recomputation of a column of words, `_OPEN` where none is given, and their layers, 0 where not said.
+
+    Rejects rows with other words.
+    """
+    modes, layers = [], []
     for i, text in enumerate(texts(frame, "recompute")):
         word = text.lower()
         mode = next((int(mode) for start, mode in _MODES.items() if word.startswith(start)), _OPEN)
-        if mode == _OPEN and word not in ("", "unknown"):
-            reason = f"recompute: {_shown(text)} given, allowed is none, selective, full or unknown"
-            rejection[i] = rejection[i] or reason
+        counted = _COUNTED_MODE.fullmatch(word)
+        if counted is not None and int(counted[2]) > 0:
+            mode = int(Recompute[counted[1].upper()])
+        elif mode == _OPEN and word not in ("", "unknown"):
+            allowed = "none, selective, full, uniform-N, block-N or unknown"
+            rejection[i] = rejection[i] or f"recompute: {_shown(text)} given, allowed is {allowed}"
         modes.append(mode)
-    return np.array(modes, dtype=np.int64)
+        layers.append(int(counted[2]) if counted is not None else 0)
+    return {"mode": np.array(modes, dtype=np.int64), "mode_layers": np.array(layers, dtype=np.int64)}

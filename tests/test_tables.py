@@ -171,6 +171,11 @@ def test_a_row_that_gives_its_layout_has_that_one() -> None:
         ("None", [(Recompute.NONE, 0)]),
         ("full", [(Recompute.UNIFORM, 1)]),
         ("Selective(per op)", [(Recompute.SELECTIVE, 0)]),
+        # As hptool itself writes them, of the 16 layers of a stage.
+        ("uniform-4", [(Recompute.UNIFORM, 4)]),
+        ("block-4", [(Recompute.BLOCK, 4)]),
+        ("block4", [(Recompute.BLOCK, 4)]),
+        ("block-16", [(Recompute.UNIFORM, 1)]),
         ("unknown", [(Recompute.NONE, 0), (Recompute.UNIFORM, 1), (Recompute.BLOCK, 4), (Recompute.BLOCK, 8)]),
         (None, [(Recompute.NONE, 0), (Recompute.UNIFORM, 1), (Recompute.BLOCK, 4), (Recompute.BLOCK, 8)]),
     ],
@@ -252,7 +257,14 @@ def test_dp_narrows_what_is_open() -> None:
         ({"cp": 4, "gpus": 16, "seq": 2}, "cp: 4 given, allowed is at most the sequence of 2"),
         ({"ep": 2}, "ep: 2 given, allowed is a divisor of the number of experts, 1"),
         ({"mbs": 64}, "mbs·dp: 64·2 given, allowed is at most the global batch of 64"),
-        ({"recompute": "some"}, "recompute: 'some' given, allowed is none, selective, full or unknown"),
+        (
+            {"recompute": "some"},
+            "recompute: 'some' given, allowed is none, selective, full, uniform-N, block-N or unknown",
+        ),
+        (
+            {"recompute": "block-0"},
+            "recompute: 'block-0' given, allowed is none, selective, full, uniform-N, block-N or",
+        ),
         ({"precision": "fp8"}, "precision: 'fp8' given, allowed on a100-80gb is bf16 or fp16 or fp32 or tf32"),
         ({"flash_attention": "v2"}, "flash_attention: 'v2' given, allowed is 0, 1 or unknown"),
         ({"gated_mlp": 2}, "gated_mlp: '2' given, allowed is 0, 1 or unknown"),
