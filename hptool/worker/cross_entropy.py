@@ -36,7 +36,9 @@ class _CrossEntropy(torch.autograd.Function):
         width = logits.size(-1)
         own = labels.flatten() - group.rank() * width
         rows = logits.reshape(-1, width)
-        largest, total, chosen = (torch.cat(parts) for parts in zip(*_by_chunks(_statistics, rows, own), strict=True))
+        # Evaluations, which want no gradient, come in many shapes: not worth compiling for each.
+        found = _by_chunks(_statistics, rows, own, may_compile=ctx.needs_input_grad[0])
+        largest, total, chosen = (torch.cat(parts) for parts in zip(*found, strict=True))
         if group.size() > 1:
             greatest = largest.clone()
             torch.distributed.all_reduce(greatest, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -55,9 +57,9 @@ class _CrossEntropy(torch.autograd.Function):
         return rows.view(*gradient.shape, -1), None, None
 
 
-def _by_chunks(function: Any, rows: torch.Tensor, *columns: torch.Tensor) -> list[Any]:
+def _by_chunks(function: Any, rows: torch.Tensor, *columns: torch.Tensor, may_compile: bool = True) -> list[Any]:
     """What it answers for all rows, in parts so small that its intermediate results do not matter, unless compiled."""
-    compiled = kernels.compiled(function, rows.device)
+    compiled = kernels.compiled(function, rows.device) if may_compile else None
     if compiled is not None:
         return [compiled(rows, *columns)]
     count = max(1, _CHUNK_ELEMENTS // rows.size(1))

@@ -64,9 +64,10 @@ def compile_layers(config: BaseConfig, chunks: list[DistributedDataParallel]) ->
             for module in layer.modules():
                 if isinstance(module, ColumnParallelLinear | RowParallelLinear):
                     module._forward_impl = _linear  # noqa: SLF001 (Megatron's own is for several ranks)
-            layer.forward = cpu.torch_compile(
+            compiled_forward = cpu.torch_compile(
                 layer.forward, backend=own, dynamic=False, fullgraph=True, options=options
             )
+            layer.forward = _in_training(layer, compiled_forward, layer.forward)
 
 
 def names(config: BaseConfig) -> dict[str, str]:
@@ -99,6 +100,17 @@ def _device_type(config: BaseConfig) -> str:
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_: object) -> torch.Tensor:  # noqa: A002 (Megatron's signature)
     """What Megatron's linear layers compute on one rank."""
     return torch.nn.functional.linear(input, weight, bias)
+
+
+def _in_training(
+    layer: TransformerLayer, compiled_forward: Callable[..., Any], plain: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The compiled pass in training, whose shape is always the same; evaluations come in many, each to be compiled."""
+
+    def forward(*args: Any, **options: Any) -> Any:
+        return (compiled_forward if layer.training else plain)(*args, **options)
+
+    return forward
 
 
 def _wait_outside(chunk: DistributedDataParallel, layer: TransformerLayer) -> None:

@@ -60,7 +60,7 @@ def test_what_cannot_be_compiled_whole_runs_all_the_same(
 
 
 def graphs_of_four_layers() -> int:
-    """How many graphs dynamo makes of the forward passes of all layers, once each."""
+    """How many graphs dynamo makes of the forward passes of all layers, once each, and of evaluations in many shapes."""
     import torch  # noqa: PLC0415 (heavy)
 
     from hptool.worker import kernels, model  # noqa: PLC0415 (heavy)
@@ -77,13 +77,17 @@ def graphs_of_four_layers() -> int:
     kernels.backend = lambda _: count  # type: ignore[assignment,return-value]  # torch takes functions too
     chunks = wrap(config, megatron, model.build_chunks(config, megatron))
     kernels.compile_layers(config, chunks)
+    layers = chunks[0].module.decoder.layers
     hidden = torch.randn(32, 2, 64, requires_grad=True)
-    for layer in chunks[0].module.decoder.layers:
+    for layer in layers:
         hidden, _ = layer(hidden, attention_mask=None)
+    chunks[0].eval()
+    for length in range(1, 12):  # more shapes than the compiler takes
+        layers[0](torch.randn(length, 2, 64), attention_mask=None)
     return len(made)
 
 
-def test_all_layers_share_one_graph(tmp_path: Path) -> None:
+def test_all_layers_share_one_graph_and_evaluations_have_none(tmp_path: Path) -> None:
     assert on_ranks(tmp_path, tiny_config(), graphs_of_four_layers) == [1]
 
 
