@@ -60,7 +60,7 @@ def test_what_cannot_be_compiled_whole_runs_all_the_same(
 
 
 def graphs_of_four_layers() -> int:
-    """How many graphs dynamo makes of the forward passes of all layers, once each, and of evaluations in many shapes."""
+    """How many graphs dynamo makes of a forward pass through all layers, and of evaluations in many shapes."""
     import torch  # noqa: PLC0415 (heavy)
 
     from hptool.worker import kernels, model  # noqa: PLC0415 (heavy)
