@@ -71,6 +71,10 @@ _PORT = Link(bandwidth_gb_per_s=12.5, latency_us=15.0)
 #: What the worker trains in, and so is measured; the first that a device has.
 _TRAINED: Sequence[Precision] = ("bf16", "fp32")
 
+#: Relative errors of a fit beyond which its user is warned; on a quiet machine they are a few per cent, and of links,
+#: where one curve stands for all collectives, some 30.
+_POOR_FIT = 0.4
+
 _DATA_SHEET = "Peaks and what else is no measurement: "
 
 Say = Callable[[str], None]
@@ -380,7 +384,7 @@ def _job_directory(plan: _Plan) -> Iterator[Path]:
     try:
         yield directory
     except LaunchError:
-        is_wanted = True
+        is_wanted = any(directory.rglob("*log*"))
         raise
     finally:
         if not is_wanted:
@@ -472,6 +476,9 @@ def _written(plan: _Plan, found: Benchmarks) -> Calibrated:
     if not plan.is_known and found.multiprocessors is not None:
         before = dataclasses.replace(before, multiprocessors=found.multiprocessors)
     fitted = curves.fit_curves(found, before, framework)
+    if not fitted.errors and plan.is_known:  # of an unknown device the least is worth having
+        raise LaunchError(f"too little was measured to fit anything in {plan.budget_s:.0f} s; give more --max-minutes")
+    _check_better(plan.output, found)
     spec = _spec(plan, found, fitted, before)
     try:
         files.write_text(plan.output, facts_text(spec))
@@ -484,8 +491,21 @@ def _written(plan: _Plan, found: Benchmarks) -> Calibrated:
         kept=fitted.kept,
         left_out=found.left_out,
         rates=curves.rates(found.points),
-        notes=_notes(plan, found),
+        notes=_notes(plan, found, fitted.errors),
     )
+
+
+def _check_better(path: Path, found: Benchmarks) -> None:
+    """LaunchError where the file holds a calibration of more operations than there was time for now."""
+    try:
+        held = files.read(path, GpuSpec).measured
+    except InputError:
+        return
+    if held is not None and found.left_out and len(held.points) > len(found.points):
+        raise LaunchError(
+            f"{path}: holds {len(held.points)} measured operations, and now there was time for {len(found.points)} "
+            "only; give more --max-minutes or another --output"
+        )
 
 
 def _spec(plan: _Plan, found: Benchmarks, fitted: Curves, before: GpuSpec) -> GpuSpec:
@@ -556,6 +576,8 @@ def _differences(before: GpuSpec | None, spec: GpuSpec, fitted: Curves) -> Seque
 
     kept = {f"efficiency.{name}" for name in fitted.kept} | set(fitted.kept)
     held = figures(before) if before is not None else {}
+    # A data sheet's figures are carried over, but where more was measured.
+    kept |= {name for name in (f"peak_tflops.{precision}", "memory_gb_per_s") if held.get(name) == figures(spec)[name]}
     return [
         Difference(figure=name, in_use=held.get(name), measured=value)
         for name, value in figures(spec).items()
@@ -568,14 +590,21 @@ def _link_of(figure: str, fitted: Curves) -> Link | None:
     return link
 
 
-def _notes(plan: _Plan, found: Benchmarks) -> Sequence[str]:
-    notes = []
+def _notes(plan: _Plan, found: Benchmarks, errors: Mapping[str, float]) -> Sequence[str]:
+    notes = [
+        f"the fit of {name} is off by {error:.0%} at its points: something else ran, or the curve does not suit; "
+        "take its figures with care, or measure again on a quiet machine"
+        for name, error in errors.items()
+        if error > _POOR_FIT
+    ]
     gpu = plan.cluster.gpu
     names = {name.lower() for name in (gpu.name, *gpu.aliases)}
     if gpu.device == "cuda" and found.device.lower() not in names:
         notes.append(f"measured on {found.device}, which is no alias of {gpu.name}: are these the facts of that GPU?")
     if plan.output.parent.resolve() == (files.data_directory("cluster") / "gpus").resolve():
         notes.append("these took the place of the facts that hptool comes with (git checkout brings those back)")
+    elif plan.output.parent == files.GPUS_HERE.absolute():
+        notes.append("commands that are run from here use them; remove the file, and they use hptool's own again")
     if plan.output.parent != files.GPUS_HERE.absolute():
         notes.append(f"hptool finds it by path: gpu: {plan.output} in a profile, or --gpu {plan.output}")
     if plan.profile is None and found.gpus_per_node > 1:

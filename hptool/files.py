@@ -230,7 +230,10 @@ def read_gpus() -> dict[str, GpuSpec]:
     shipped, own = data_directory("cluster") / "gpus", GPUS_HERE.absolute()
     for directory in (shipped, *([own] if own.resolve() != shipped.resolve() else [])):
         for path in sorted(directory.glob("[!.]*.yaml")):
-            spec = read(path, GpuSpec)
+            try:
+                spec = read(path, GpuSpec)
+            except InputError as error:
+                raise InputError(*error.problems, f"{path}: mend or remove it: facts here come first") from error
             known.update({name.lower(): spec for name in (spec.name, *spec.aliases)})
     return known
 
@@ -291,6 +294,8 @@ def read_cluster(name_or_path: str) -> Cluster:
     document = read_yaml(path)
     if isinstance(document, Mapping) and isinstance(name := document.get("gpu"), str):
         is_file = name.endswith((".yaml", ".yml"))
+        if is_file and not (path.parent / name).is_file():
+            raise InputError(f"{path}: gpu: {name} given, but there is no such file beside the profile")
         document = _with_gpu(document, read_gpu(str(path.parent / name) if is_file else name, str(path)))
     if isinstance(document, Mapping) and isinstance(variables := document.get("environment"), Mapping):
         # NCCL_IB_DISABLE: 1 means what it says; yes and no are no words of a shell, and have to be quoted.

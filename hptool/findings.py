@@ -8,7 +8,7 @@ from hptool.campaign import rows_of, spent_gpu_hours, timings_of
 from hptool.candidates import Layouts
 from hptool.cost import Estimate
 from hptool.course import Course, Standing, standing
-from hptool.plan import Plan
+from hptool.plan import Plan, facts_remark
 from hptool.predict import predict, stack
 from hptool.results import OutcomeRecord, ResultsDirectory
 from hptool.timed_runs import timed_run
@@ -139,7 +139,7 @@ def _training(plan: Plan, best: report.Row | None) -> report.Training:
 
 
 def _notes(plan: Plan, best: report.Row | None, rows: Sequence[report.Row]) -> list[str]:
-    notes = []
+    notes = [] if (remark := facts_remark(plan.cluster)) is None else [f"Predictions use {remark}."]
     if any(row.gbs != plan.config.model.global_batch_size for row in rows):
         notes.append(
             f"Runs used fewer than {plan.nodes} nodes where their layout allows it; each replica worked through the "

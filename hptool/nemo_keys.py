@@ -287,7 +287,7 @@ class ModelSection(StackSection):
     fp8_amax_history_len: int = 1024
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     fp8_wgrad: bool = True
-    reduce_amax: bool = True
+    reduce_amax: Literal[True] = True
     ub_tp_comm_overlap: Literal[False] = False
     ub_tp_comm_overlap_cfg: None = None
     native_amp_init_scale: int = 4294967296
@@ -297,7 +297,7 @@ class ModelSection(StackSection):
     megatron_amp_O2: Literal[True] = True  # noqa: N815 (NeMo's key)
     grad_allreduce_chunk_size_mb: int = 125
     gradient_accumulation_fusion: bool = False
-    cross_entropy_loss_fusion: bool = True  # the worker's loss is fused whatever is asked for
+    cross_entropy_loss_fusion: bool = True
     gradient_as_bucket_view: bool = True
     sync_batch_comm: bool = False
     use_cpu_initialization: bool = False

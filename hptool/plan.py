@@ -153,6 +153,31 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
     return _plan(replace(request, space=space), cluster, config, framework)
 
 
+def facts_remark(cluster: Cluster) -> str | None:
+    """Whose facts of the GPU are used, where they are not those that hptool comes with; else only numbers would tell."""
+    measured, own = cluster.gpu.measured, files.GPUS_HERE / f"{cluster.gpu.name}.yaml"
+    if measured is None:
+        return None
+    where = f" in {own}, for as long as that file is there" if own.is_file() else ""
+    return f"facts of {cluster.gpu.name}: as measured on {measured.date}{where}"
+
+
+def with_facts_of(plan: Plan, directory: Path) -> Plan:
+    """The plan with the facts of the GPU with which the search in `directory` began, where they have changed since.
+
+    What was predicted and measured there stays comparable. The same plan where there is no such search.
+    """
+    try:
+        begun = read_plan(directory).cluster
+    except InputError:
+        return plan  # which says more when the search is to begin there
+    cluster = plan.cluster
+    if begun.gpu.name != cluster.gpu.name or begun.gpu == cluster.gpu:
+        return plan
+    facts = {name: getattr(begun, name) for name in ("gpu", "intra_node", "inter_node")}
+    return make_plan(plan.request, plan.framework.name, replace(cluster, **facts))
+
+
 def read_plan(directory: Path) -> Plan:
     """The plan of the search in a directory, as it was made; InputError where there is none."""
     path = directory / "plan.json"
@@ -246,7 +271,11 @@ def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseCon
             raise InputError(f"override: trainer.{key}: {value} given, allowed is {allowed} (--nodes and the profile)")
     if config.precision not in cluster.gpu.peak_tflops:
         allowed_words = " or ".join(sorted(cluster.gpu.peak_tflops))
-        given = ("model.fp8", True) if config.model.fp8 else ("trainer.precision", config.trainer.precision)
+        given = (
+            ("model.fp8 (--precision fp8)", True)
+            if config.model.fp8
+            else ("trainer.precision", config.trainer.precision)
+        )
         raise InputError(
             f"{request.model}: {given[0]}: {given[1]!r} given, allowed on {cluster.gpu.name} is {allowed_words}"
         )

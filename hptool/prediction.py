@@ -18,7 +18,7 @@ from hptool import catalogue, explain, files, forecast, tables
 from hptool.candidates import Layout
 from hptool.errors import InputError
 from hptool.forecast import Accuracy, Forecast
-from hptool.plan import Plan, SearchRequest, make_plan
+from hptool.plan import Plan, SearchRequest, facts_remark, make_plan
 
 Say = Callable[[str], None]
 
@@ -153,6 +153,8 @@ def of_model(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
         model=options["model"], cluster=options["cluster"], nodes=options["nodes"], overrides=tuple(words)
     )
     plan = make_plan(request, options["framework"])
+    if (remark := facts_remark(plan.cluster)) is not None:
+        say(remark)
     if (remark := catalogue.remark(request.model)) is not None:
         say(remark)
     if options["dry_run_memory"] is not None:

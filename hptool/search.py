@@ -12,7 +12,7 @@ from hptool.cost import Dispatch, Estimate
 from hptool.course import Course
 from hptool.errors import LaunchError
 from hptool.findings import Search, make_report
-from hptool.plan import Plan, SearchRequest, make_plan, read_plan
+from hptool.plan import Plan, SearchRequest, facts_remark, make_plan, read_plan, with_facts_of
 from hptool.results import ResultsDirectory
 from hptool.timed_runs import timed_run
 from hptool.watch import MEASURING, Screen, duration, of_directory
@@ -27,13 +27,7 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
 
     Raises InputError, NoFeasibleLayout or LaunchError; a failed run is no error but a row of the report.
     """
-    plan = make_plan(request)
-    if (remark := catalogue.remark(request.model)) is not None:
-        screen.say(remark)
-    if not request.dry_run:
-        refuse_missing_framework()
-        if plan.cluster.scheduler == "local":  # elsewhere the nodes may have what this machine has not
-            refuse_missing_kernels(plan.config)
+    plan = _planned(request, screen)
     course = plan.course
     dispatch, estimate = _cost(plan, course)
     launcher = launch.launcher(plan.cluster, plan.directory / "jobs", dispatch.submit)
@@ -62,6 +56,26 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
     finally:
         results.close()
     return made, plan.directory
+
+
+def _planned(request: SearchRequest, screen: Screen) -> Plan:
+    """What is to be searched, with remarks on what it rests on; InputError where its runs could not start."""
+    plan = make_plan(request)
+    if request.resume:
+        begun = with_facts_of(plan, plan.directory)
+        if begun is not plan:
+            screen.say(
+                f"the facts of {plan.cluster.gpu.name} have changed: this search goes on with those it began with"
+            )
+            plan = begun
+    for remark in (facts_remark(plan.cluster), catalogue.remark(request.model)):
+        if remark is not None:
+            screen.say(remark)
+    if not request.dry_run:
+        refuse_missing_framework()
+        if plan.cluster.scheduler == "local":  # elsewhere the nodes may have what this machine has not
+            refuse_missing_kernels(plan.config)
+    return plan
 
 
 def scripts(directory: Path, made: report.Report) -> list[Path]:
@@ -118,8 +132,8 @@ def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]
         f"; no more than {request.budget_gpu_hours:g} by your budget" if request.budget_gpu_hours is not None else ""
     )
     cost_line = (
-        f"cost: {layouts}: if predictions hold some {estimate.usual_gpu_hours:.2g}, "
-        f"at most {estimate.gpu_hours:.2g} GPU hours{budget}; {duration(estimate.wall_s)} at most without queueing. "
+        f"cost: {layouts}: if predictions hold, some {estimate.usual_gpu_hours:.2g} and at most "
+        f"{estimate.gpu_hours:.2g} GPU hours{budget}, and {duration(estimate.wall_s)} at most without queueing. "
         f"Timing all {estimate.grid_layouts} would take {estimate.grid_gpu_hours:.3g} GPU hours"
     )
     lines = [cost_line]

@@ -162,6 +162,22 @@ def test_in_a_checkout_the_facts_that_hptool_comes_with_are_replaced_and_it_is_s
     assert made.path == elsewhere / "checkout" / "cluster" / "gpus" / "h100-80gb.yaml"
 
 
+def test_a_poorer_calibration_does_not_replace_a_richer_one(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
+    see(monkeypatch, *[H100_AS_TORCH_CALLS_IT] * 8)
+    whole = benchmarks(nodes=1)
+    made = calibrated(monkeypatch, whole)
+    before = made.path.read_text()
+    poorer = replace(whole, points=whole.points[:-3], left_out=("a", "b", "c"))
+    with pytest.raises(LaunchError, match=r"h100-80gb.yaml: holds \d+ measured operations, and now there was time for"):
+        calibrated(monkeypatch, poorer)
+    assert made.path.read_text() == before
+    assert calibrated(monkeypatch, poorer, output=elsewhere / "other.yaml").path == elsewhere / "other.yaml"
+    nothing = replace(whole, points=whole.points[:1])
+    with pytest.raises(LaunchError, match="too little was measured to fit anything"):
+        calibrated(monkeypatch, nothing, output=elsewhere / "third.yaml")
+    assert not (elsewhere / "third.yaml").exists()
+
+
 def test_the_data_sheet_stays_and_the_curves_are_measured(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
     see(monkeypatch, *[H100_AS_TORCH_CALLS_IT] * 8)
     made = calibrated(monkeypatch, benchmarks(nodes=1))
@@ -326,7 +342,7 @@ def test_a_profile_names_facts_by_their_path_beside_it(elsewhere: Path, tmp_path
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({**profile, "gpu": str(tmp_path / "mine.yaml")}))
     assert files.read_cluster(str(tmp_path / "site.yaml")).gpu.launch_overhead_us == 12.5
     (tmp_path / "site.yaml").write_text(yaml.safe_dump({**profile, "gpu": "none.yaml"}))
-    with pytest.raises(InputError, match=r"none\.yaml: cannot be read"):
+    with pytest.raises(InputError, match=r"site\.yaml: gpu: none\.yaml given, but there is no such file beside the"):
         files.read_cluster(str(tmp_path / "site.yaml"))
 
 

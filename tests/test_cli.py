@@ -142,6 +142,39 @@ def test_no_feasible_layout_counts_the_reasons_and_says_what_helps(tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_facts_that_were_measured_here_are_named_and_a_search_keeps_those_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--dry-run", "--json", "--resume", "--mbs", "1,2", "--recompute", "none")
+    before = search(tmp_path, *words)
+    assert before.exit_code == 0, before.output
+    assert "facts of cpu" not in before.output
+    own = tmp_path / "cluster" / "gpus" / "cpu.yaml"
+    own.parent.mkdir(parents=True)
+    facts = files.read_yaml(files.data_directory("cluster") / "gpus" / "cpu.yaml")
+    measured = {
+        "device": "a CPU", "date": "2026-11-22", "versions": {}, "took_s": 90.0, "nodes": 1, "gpus_per_node": 2,
+        "precision": "fp32", "fit_errors": {},
+    }  # fmt: skip
+    own.write_text(files.yaml_text({**facts, "launch_overhead_us": 80.0, "measured": measured}))
+    # Another search uses them and says so; the first goes on as it began.
+    other = search(tmp_path / "other", *words)
+    assert other.exit_code == 0, other.output
+    remark = "facts of cpu: as measured on 2026-11-22 in cluster/gpus/cpu.yaml, for as long as that file is there"
+    assert remark in other.stderr
+    assert f"Predictions use {remark}." in json.loads(other.stdout)["notes"]
+    assert json.loads(other.stdout)["predicted"] != json.loads(before.stdout)["predicted"]
+    again = search(tmp_path, *words)
+    assert again.exit_code == 0, again.output
+    assert "the facts of cpu have changed: this search goes on with those it began with" in again.stderr
+    assert json.loads(again.stdout)["predicted"] == json.loads(before.stdout)["predicted"]
+    own.write_text("name: cpu\n")
+    broken = search(tmp_path / "third", *words)
+    assert broken.exit_code == 2
+    assert "cluster/gpus/cpu.yaml: mend or remove it: facts here come first" in broken.stderr
+
+
 def test_the_precision_is_a_choice_of_the_search(tmp_path: Path) -> None:
     words = ("--dry-run", "--nodes", "1", "--mbs", "1", "--recompute", "none", "--precision")
     done = search(tmp_path, *words, "fp8", model="gpt3/126m", cluster="dgx-h100")
@@ -152,7 +185,7 @@ def test_the_precision_is_a_choice_of_the_search(tmp_path: Path) -> None:
     refused = search(tmp_path / "other", *words, "fp8", model="gpt3/126m", cluster="dgx-a100")
     assert refused.exit_code == 2
     allowed = "allowed on a100-80gb is bf16 or fp16 or fp32 or tf32"
-    assert f"gpt3/126m: model.fp8: True given, {allowed}" in refused.stderr
+    assert f"gpt3/126m: model.fp8 (--precision fp8): True given, {allowed}" in refused.stderr
 
 
 def test_dry_run_ranks_and_writes_everything_and_launches_nothing(tmp_path: Path) -> None:
@@ -266,8 +299,8 @@ def test_what_a_search_costs_is_said_before_anything_is_launched(tmp_path: Path)
     done = search(tmp_path, "--dry-run", "--nodes", "16", model="gpt3/5b", cluster="dgx-a100")
     assert done.exit_code == 0, done.output
     said = re.search(
-        r"cost: up to 10 of (\d+) layouts, as many as pay: if predictions hold some (\S+), at most (\S+) GPU hours; "
-        r".* at most without queueing. Timing all \d+ would take (\S+) GPU hours",
+        r"cost: up to 10 of (\d+) layouts, as many as pay: if predictions hold, some (\S+) and at most (\S+) GPU hours"
+        r", and .* at most without queueing. Timing all \d+ would take (\S+) GPU hours",
         done.stderr,
     )
     assert said is not None, done.stderr

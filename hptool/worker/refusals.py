@@ -123,9 +123,12 @@ def _unsupported(config: BaseConfig) -> list[str]:
         if not ok:
             problems.append(f"{key}: {given!r} given, allowed is {allowed}")
 
-    graphs = config.trainer.accelerator != "cpu" and model.use_flash_attention and not model.num_moe_experts
-    allowed = "false on a CPU, without model.use_flash_attention, and with experts (their layers are not compiled)"
-    need(not model.enable_cuda_graph or graphs, "model.enable_cuda_graph", given=True, allowed=allowed)
+    if model.enable_cuda_graph:
+        on_gpu = config.trainer.accelerator != "cpu"
+        need(on_gpu, "model.enable_cuda_graph", given=True, allowed="false on a CPU: CUDA graphs need a GPU")
+        compiles = model.use_flash_attention and not model.num_moe_experts
+        allowed = "false without model.use_flash_attention, and with experts: such layers are not compiled"
+        need(compiles, "model.enable_cuda_graph", given=True, allowed=allowed)
     allowed = "false without model.transformer_engine and model.use_flash_attention, or with ALiBi"
     need(not model.fp8 or may_use_transformer_engine(config), "model.fp8", given=True, allowed=allowed)
     if config.is_alibi:

@@ -127,7 +127,7 @@ class Suite:
         document = summary.document(self.device, date, found, reports, more)
         files.write_text(keep / SUMMARY, files.json_text(document))
         wall_s = self.clock.seconds - self.clock.left_s
-        text = summary.table(self.device, date, found, reports, problems, wall_s=wall_s)
+        text = summary.table(self.device, date, found, reports, problems, wall_s=wall_s, tiny=self.tiny)
         files.write_text(keep / "summary.txt", f"{text}\n")
         return text
 

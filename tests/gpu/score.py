@@ -140,7 +140,10 @@ def _score(name: str, rows: pd.DataFrame, calibrated: GpuSpec | None) -> Score:
     ok, oom = words == "ok", words == "oom"
     step_time_s = np.where(ok, tables.numbers(rows, "iter_s"), np.nan)
     memory_gib = np.where(ok, tables.numbers(rows, "mem_gb"), np.nan)
-    memory_error = expected.memory.allocated_gib / memory_gib - 1
+    # Of a process all of it is measured, of a device its allocator's tensors.
+    is_resident = np.array(["resident" in kind for kind in tables.texts(rows, "mem_kind")])
+    likewise_gib = np.where(is_resident, expected.memory.total_gib, expected.memory.allocated_gib)
+    memory_error = likewise_gib / memory_gib - 1
     step_error, calibrated_error = expected.step_time_s / step_time_s - 1, None
     if calibrated is not None:
         calibrated_s = _plan(rows, calibrated).predictions.select(chosen).step_time_s

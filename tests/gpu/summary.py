@@ -78,8 +78,8 @@ def verdicts(findings: Mapping[str, Mapping[str, Any]], scores: Iterable[Score],
             "calibrate",
             "hptool calibrate",
             "runs",
-            str(outcome or ""),
-            met=None if outcome is None else outcome == "ok",
+            "its options are there; not run with --tiny" if tiny and outcome == "ok" else str(outcome or ""),
+            met=None if outcome is None or (tiny and outcome == "ok") else outcome == "ok",
         )
     )
     landscapes = findings.get("landscapes", {})
@@ -120,6 +120,7 @@ def table(
     others: Sequence[str] = (),
     *,
     wall_s: float,
+    tiny: bool = False,
 ) -> str:
     """All of it for a reader, in `MOST_LINES` lines of `WIDTH` columns; what was met is left out first.
 
@@ -127,6 +128,8 @@ def table(
     """
     torch, driver = device.versions.get("torch", "no torch"), f", driver {device.driver}" if device.driver else ""
     lines = [f"{device.name}, {device.memory_gib:g} GiB{driver}, torch {torch}; {date}; {wall_s:.0f} s"]
+    if tiny:
+        lines.append("toy models: what counts is that every stage runs; no figure below means anything")
     for stage in stages:
         took = f" in {stage.seconds:.0f} s" if stage.seconds else ""
         lines.append(f"{stage.name}: {stage.state.value}{took}{f'; {stage.detail}' if stage.detail else ''}")
