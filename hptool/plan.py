@@ -154,7 +154,7 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
 
 
 def facts_remark(cluster: Cluster) -> str | None:
-    """Whose facts of the GPU are used, where they are not those that hptool comes with; else only numbers would tell."""
+    """Whose facts of the GPU are used, where they are not hptool's own; nothing but numbers would tell otherwise."""
     measured, own = cluster.gpu.measured, files.GPUS_HERE / f"{cluster.gpu.name}.yaml"
     if measured is None:
         return None
