@@ -68,12 +68,17 @@ class SdpaAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        *,
         alibi: AlibiBias | None = None,
+        rotates: bool = False,
     ) -> None:
         super().__init__()
         del layer_number, attention_type
         self._causal: bool = attn_mask_type is AttnMaskType.causal
         self._alibi = alibi
+        # Queries and keys that were rotated are tensors of their own. The values, a part of what all three were
+        # projected to, would keep the whole of it alive until the backward pass.
+        self._copies_values: bool = rotates
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self._context_group = groups.cp
         self._context_size: int = config.context_parallel_size
@@ -106,6 +111,7 @@ class SdpaAttention(torch.nn.Module):
         assert attention_bias is None and packed_seq_params is None  # noqa: PT018, S101 (ours)
         del attn_mask_type
         if self._context_size == 1:
+            value = value.contiguous() if self._copies_values else value
             context = self._attend(query, key, value, attention_mask)
         else:
             assert attention_mask is None  # noqa: S101 (as above)

@@ -96,4 +96,4 @@ def _core_attention(config: BaseConfig) -> Callable[..., Any]:
     if config.is_alibi:
         heads = config.shape.num_attention_heads
         return partial(SdpaAttention, alibi=AlibiBias(heads, parallel_state.get_tensor_model_parallel_group()))
-    return SdpaAttention
+    return partial(SdpaAttention, rotates=config.stack.position_embedding_type == "rope")

@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 
+from hptool import files
+from hptool.base_config import BaseConfig
+from hptool.candidates import Layouts
+from hptool.predict import stack
+from hptool.predict.memory import layer_activation_bytes
 from tests.worker.runs import Launcher, on_ranks, tiny_config, tiny_family
 
 #: Inductor's decompositions and partition into forward and backward pass, run without generating code.
@@ -109,3 +114,47 @@ def test_transformer_engine_is_used_where_it_is_installed(monkeypatch: pytest.Mo
         other = tiny_config(trainer__accelerator="gpu", **{f"model__{key}": value for key, value in changes.items()})
         assert layers.gpt_layer(other) is not spec
     assert layers.gpt_layer(tiny_config()) is not spec  # it knows no CPU
+
+
+def bytes_saved_by_a_compiled_layer(config: BaseConfig) -> int:
+    """What inductor's partition of a layer keeps for its backward pass, its weights and positions left out."""
+    import torch  # noqa: PLC0415 (heavy)
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415 (heavy)
+
+    from hptool.worker import kernels, model  # noqa: PLC0415 (heavy)
+    from hptool.worker.optimizer import wrap  # noqa: PLC0415 (heavy)
+
+    def as_inductor_would(graph: Any, inputs: Any) -> Any:
+        return compile_fx(graph, inputs, inner_compile=lambda made, _, **__: made.forward)
+
+    kernels.backend = lambda _: as_inductor_would  # type: ignore[assignment,return-value]  # torch takes functions too
+    megatron = model.transformer_config(config)
+    chunks = wrap(config, megatron, [chunk.bfloat16() for chunk in model.build_chunks(config, megatron)])
+    kernels.compile_layers(config, chunks)
+    gpt = chunks[0].module.module
+    layer, shape = gpt.decoder.layers[1], config.shape
+    hidden = torch.randn(
+        shape.seq_length, config.layout.mbs, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True
+    )
+    positions = None if shape.learned_positions else gpt.rotary_pos_emb(shape.seq_length)
+    known = {x.untyped_storage().data_ptr() for x in (*layer.parameters(), *([positions] * (positions is not None)))}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        output, _ = layer(hidden, attention_mask=None, rotary_pos_emb=positions)
+    assert output.requires_grad
+    return sum(size for place, size in kept.items() if place not in known)
+
+
+@pytest.mark.parametrize("changes", [{}, tiny_family("llama", model__num_query_groups=4)], ids=["gpt", "llama"])
+def test_a_compiled_layer_keeps_what_is_predicted(tmp_path: Path, changes: dict[str, Any]) -> None:
+    sizes = {"model__hidden_size": 256, "model__ffn_hidden_size": 1024, "model__num_attention_heads": 4}
+    config = tiny_config(**{**changes, **sizes, "trainer__precision": "bf16"})
+    (saved,) = on_ranks(tmp_path, config, lambda: bytes_saved_by_a_compiled_layer(config))
+    table = Layouts.of([config.layout])
+    setting = stack([(config.workload, files.read_cluster("dgx-a100"), files.read_framework("hptool-worker"))])
+    assert saved == pytest.approx(layer_activation_bytes(table, setting)[0], rel=0.05)
