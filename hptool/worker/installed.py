@@ -4,6 +4,10 @@ import importlib.util
 
 from hptool.base_config import BaseConfig
 
+#: In the environment: what compiles, by torch's name for it (inductor, aot_eager, ...), or off, for nodes without a C
+#: compiler and for those who doubt torch's.
+COMPILER_VARIABLE = "HPTOOL_COMPILE"
+
 TRANSFORMER_ENGINE = "transformer_engine"
 
 

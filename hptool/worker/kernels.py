@@ -18,15 +18,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from hptool.base_config import BaseConfig
 from hptool.worker import cpu
-from hptool.worker.installed import is_installed, uses_transformer_engine
-
-#: What compiles, by torch's name for it (inductor, aot_eager, ...), or off: for those who doubt the compiler.
-ENVIRONMENT_VARIABLE = "HPTOOL_COMPILE"
+from hptool.worker.installed import COMPILER_VARIABLE, is_installed, uses_transformer_engine
 
 
 def backend(device_type: str) -> str | None:
     """What compiles for such a device; None where nothing does: on a CPU, compiling takes longer than it saves."""
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE) or ("inductor" if device_type == "cuda" else "off")
+    chosen = os.environ.get(COMPILER_VARIABLE) or ("inductor" if device_type == "cuda" else "off")
     return None if chosen == "off" else chosen
 
 

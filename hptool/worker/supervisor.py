@@ -24,6 +24,7 @@ from hptool.measurement import Failure, FailureKind
 from hptool.secrets import redact
 from hptool.units import GIB, SECONDS_PER_MINUTE
 from hptool.worker import outcome, processes
+from hptool.worker.installed import COMPILER_VARIABLE
 from hptool.worker.nodes import Meeting, Node, Place, listen, this_node
 from hptool.worker.orders import Orders
 from hptool.worker.refusals import refuse_impossible, refuse_missing_framework
@@ -157,6 +158,8 @@ def load_framework(accelerator: str, orders: Orders | None = None) -> RunRank:
         from hptool.worker import cpu  # noqa: PLC0415 (imports torch)
 
         cpu.stand_in_for_cuda()
+    if os.environ.get(COMPILER_VARIABLE) == "off":
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of Megatron's fused functions too; read when torch is loaded
     # Megatron's overlaps rely on kernels being queued in the order of their launch; read when CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with warnings.catch_warnings():

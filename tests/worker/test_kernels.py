@@ -1,5 +1,6 @@
 """What is compiled computes what is not, and a measurement says what ran."""
 
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from hptool.base_config import BaseConfig
 from hptool.candidates import Layouts
 from hptool.predict import stack
 from hptool.predict.memory import layer_activation_bytes
+from hptool.worker import supervisor
 from tests.worker.runs import Launcher, on_ranks, tiny_config, tiny_family
 
 #: Inductor's decompositions and partition into forward and backward pass, run without generating code.
@@ -158,3 +160,12 @@ def test_a_compiled_layer_keeps_what_is_predicted(tmp_path: Path, changes: dict[
     table = Layouts.of([config.layout])
     setting = stack([(config.workload, files.read_cluster("dgx-a100"), files.read_framework("hptool-worker"))])
     assert saved == pytest.approx(layer_activation_bytes(table, setting)[0], rel=0.05)
+
+
+def test_off_turns_off_what_megatron_compiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
+    supervisor.load_framework("cpu")
+    assert "TORCH_COMPILE_DISABLE" not in os.environ
+    monkeypatch.setenv("HPTOOL_COMPILE", "off")
+    supervisor.load_framework("cpu")
+    assert os.environ.pop("TORCH_COMPILE_DISABLE") == "1"
