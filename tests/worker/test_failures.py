@@ -520,7 +520,7 @@ def test_limit_of_a_files_size_loses_the_run(launcher: Launcher, monkeypatch: py
     # A real failure to write that needs no root: of all the run's files, the measurement is too large.
     monkeypatch.setattr(outcome, "_PATIENCE_S", 0.1)
     # Kernels that are compiled for the first time would be too large as well.
-    assert launcher.start(trainer__max_steps=2).wait(timeout_s=120.0) == 0
+    assert launcher.start(trainer__max_steps=100).wait(timeout_s=120.0) == 0
     with soft_limit(resource.RLIMIT_FSIZE, 4096):
         run = launcher.start(trainer__max_steps=100)
     assert run.wait(timeout_s=120.0) == 1
