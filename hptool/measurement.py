@@ -98,4 +98,92 @@ class Measurement:
         return timing.relative_error(self.step_time_low_s, self.step_time_high_s, self.step_time_s, coverage)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """Of one figure over the timed repeats and all their requests: the median and the tail."""
+
+    p50: float
+    p95: float
+    p99: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p50 <= self.p95 <= self.p99 < math.inf:
+            msg = f"p50, p95, p99: {self.p50}, {self.p95}, {self.p99} given, allowed are rising numbers from 0 on"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedPoint:
+    """What one point of a layout gave: `batch` requests of so many tokens each, answered `repeats` times over.
+
+    `ttft_ms` is the time to the first token (the prompt is read), `tpot_ms` that of each token after it (0 where there
+    is one token), `latency_ms` that of a whole answer. From `latency_low_ms` to `latency_high_ms` reaches the interval
+    of the median latency that `timing.median_interval` finds. Rates are those of the median: tokens that were made,
+    prompts not counted. `warmups` passes of the same shape came before the timed ones.
+    """
+
+    batch: int
+    input_len: int
+    output_len: int
+    repeats: int
+    warmups: int
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    latency_ms: Percentiles
+    latency_low_ms: float
+    latency_high_ms: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    tokens_per_s_per_user: float
+    peak_memory_gib: float
+    is_steady: bool = True
+
+    @property
+    def name(self) -> str:
+        """Within its layout: `60:20/8`."""
+        return f"{self.input_len}:{self.output_len}/{self.batch}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointFailure:
+    """A point that gave nothing, though its run went on or had measured others before: `name` as `ServedPoint.name`."""
+
+    name: str
+    kind: FailureKind
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingMeasurement:
+    """One run of one serving layout: the points it was asked for, in their order, and those that failed.
+
+    `engine` is the engine that really ran, `cuda_graphs` whether it launched graphs. `kernels`, `versions` and
+    `memory_kind` are as in `Measurement`; `skipped` are points that were not tried, because a smaller batch had left
+    the limits already or was out of memory.
+    """
+
+    points: tuple[ServedPoint, ...]
+    failures: tuple[PointFailure, ...] = ()
+    skipped: tuple[str, ...] = ()
+    engine: str
+    cuda_graphs: bool
+    gpus: int
+    startup_s: float
+    memory_kind: str
+    max_reserved_gib: float | None = None
+    device_used_gib: float | None = None
+    device_memory_gib: float | None = None
+    num_parameters: int
+    device: str
+    precision: str
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.points and not self.failures:
+            msg = "points, failures: none given, allowed is one or more of either"
+            raise ValueError(msg)
+
+
 Outcome: TypeAlias = Measurement | Failure
+ServingOutcome: TypeAlias = ServingMeasurement | Failure

@@ -10,14 +10,18 @@ from hptool.worker import supervisor
 from tests.worker.runs import Launcher
 
 
+_ENVIRONMENT = dict(os.environ)
+# Before any test's module is read: one that imports Megatron-core first would have it compile its functions in each of
+# the ranks that are forked from this process.
+supervisor.load_framework("cpu")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def framework() -> Iterator[None]:
-    """Megatron-core and torch, imported into this process and ready for the CPU."""
-    before = dict(os.environ)
-    supervisor.load_framework("cpu")
+    """Megatron-core and torch are in this process, ready for the CPU; what that set in the environment ends with it."""
     yield
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(_ENVIRONMENT)
 
 
 @pytest.fixture
