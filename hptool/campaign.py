@@ -5,20 +5,20 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
 
-from hptool import cost, files, launch
+from hptool import launch
+from hptool.agenda import Agenda, Task
 from hptool.cost import Dispatch
-from hptool.course import Course, Order, Timing, Wait, next_order
+from hptool.course import Wait
 from hptool.errors import BusyError, LaunchError
-from hptool.measurement import Failure, FailureKind, Measurement, Outcome
-from hptool.plan import Plan
+from hptool.facts import Cluster
+from hptool.measurement import AnyOutcome, Failure, FailureKind, Measurement, ServingMeasurement
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
 from hptool.secrets import redact
-from hptool.strategy import Ending, Stop
-from hptool.timed_runs import timed_run
+from hptool.strategy import Stop
 from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
 from hptool.watch import INTERRUPTED, MEASURING, Screen, Snapshot, duration, snapshot
 
@@ -34,19 +34,10 @@ _STATUS_S = 5.0
 #: Waits after a scheduler has refused a job for now: twice as long each time, within these.
 _BACK_OFF_S = (5.0, 300.0)
 
-#: A run that was not steady when it ended is known to this, whatever its interval says.
-_UNSTEADY = 0.05
 
-
-def planned_run(plan: Plan, results: ResultsDirectory, run: str, nodes: int, token: str = "") -> launch.Run:
+def planned_run(results: ResultsDirectory, run: str, *, nodes: int, max_minutes: float, token: str = "") -> launch.Run:
     """What the launcher needs to know of a run."""
-    return launch.Run(
-        name=run,
-        directory=results.run_directory(run),
-        nodes=nodes,
-        max_minutes=plan.request.max_minutes_per_run,
-        token=token,
-    )
+    return launch.Run(name=run, directory=results.run_directory(run), nodes=nodes, max_minutes=max_minutes, token=token)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,57 +45,17 @@ class _Flight:
     """A run under way: since when it runs and since when it has ended, as far as this process has seen."""
 
     submission: Submission
-    row: int
-    why: str = ""
+    task: Task | None = None  # None where an earlier process started it
     state: str = "submitting"
-    is_adopted: bool = False  # from an earlier process
     running_since: float | None = None
     ended_since: float | None = None
 
 
-def rows_of(course: Course) -> dict[str, int]:
-    """The rows of the landscape by the names of their layouts."""
-    return {layout.name: row for row, layout in enumerate(course.landscape.target.layouts.rows())}
-
-
-def timings_of(course: Course, rows: Mapping[str, int], records: Iterable[OutcomeRecord]) -> list[Timing]:
-    """Records as the course sees them."""
-    return [_timing(course, rows[record.name], record) for record in records if record.name in rows]
-
-
-def _timing(course: Course, row: int, record: OutcomeRecord) -> Timing:
-    measured = record.measurement
-    if measured is None:
-        assert record.failure  # noqa: S101 (a record has one of both)
-        return Timing(
-            row=row,
-            nodes=record.nodes,
-            steps=record.steps,
-            ending=Ending.OOM if record.failure.kind is FailureKind.OOM else Ending.FAILED,
-            may_run_again=record.may_run_again,
-        )
-    memory_gib = measured.peak_memory_gib
-    if measured.memory_kind == "max allocated":  # what lies outside the allocator's tensors comes on top
-        memory = course.landscape.run.memory
-        memory_gib += float(memory.slack_gib[row] + memory.reserved_gib[row])
-    return Timing(
-        row=row,
-        nodes=record.nodes,
-        steps=record.steps,
-        ending=Ending.MEASURED,
-        step_time_s=measured.step_time_s,
-        low_s=measured.step_time_low_s,
-        high_s=measured.step_time_high_s,
-        error=max(measured.relative_error, 0.0 if measured.is_steady else _UNSTEADY),
-        memory_gib=memory_gib,
-    )
-
-
-def spent_gpu_hours(plan: Plan, results: ResultsDirectory, records: Collection[OutcomeRecord]) -> float:
+def spent_gpu_hours(cluster: Cluster, results: ResultsDirectory, records: Collection[OutcomeRecord]) -> float:
     """What all jobs have held: those of one run, and allocations in which runs follow each other, idle or at work."""
     in_runs = sum(record.gpu_hours for record in records)
     own_jobs = sum(record.gpu_hours for record in records if "#" not in (record.job_id or ""))
-    return max(in_runs, own_jobs + launch.allocated_gpu_hours(results.path / "jobs", plan.cluster.gpus_per_node))
+    return max(in_runs, own_jobs + launch.allocated_gpu_hours(results.path / "jobs", cluster.gpus_per_node))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -119,15 +70,13 @@ class Work:
 class Campaign:
     """The runs under way: what was submitted, and how an end is turned into an outcome."""
 
-    def __init__(self, plan: Plan, course: Course, results: ResultsDirectory, work: Work) -> None:
-        self.plan = plan
-        self.course = course
+    def __init__(self, agenda: Agenda, results: ResultsDirectory, work: Work) -> None:
+        self.agenda = agenda
         self.dispatch, self.launcher, self.screen = work.dispatch, work.launcher, work.screen
         self.results = results
         self.outcomes = results.outcomes()
         self.under_way: dict[str, _Flight] = {}  # by run
         self._submissions = results.submissions()
-        self._rows = rows_of(course)
         # What was lost before this process does not count: whoever resumes knows that the trouble is over.
         self._lost_before = {
             run for run, x in self.outcomes.items() if x.failure and x.failure.kind is FailureKind.LOST
@@ -143,20 +92,13 @@ class Campaign:
 
     # ------------------------------------------------------------ what is known
 
-    def timings(self) -> list[Timing]:
-        """Every run that ended or is under way, as the course sees it."""
-        counted = (record for run, record in self.outcomes.items() if run not in self._lost_before)
-        ended = timings_of(self.course, self._rows, counted)
-        flying = (
-            Timing(row=f.row, nodes=f.submission.nodes, steps=f.submission.steps, ending=Ending.UNDER_WAY)
-            for f in self.under_way.values()
-        )
-        return [*ended, *flying]
+    def known(self) -> list[OutcomeRecord]:
+        """The runs that ended, as far as they say something to this process."""
+        return [record for run, record in self.outcomes.items() if run not in self._lost_before]
 
-    def _expected_s(self, row: int, steps: int, nodes: int) -> float:
-        overhead_s = self.dispatch.overhead_s
-        most_s = overhead_s + self.plan.request.max_minutes_per_run * SECONDS_PER_MINUTE
-        return min(cost.run_s(self.course, row, steps, nodes, overhead_s), most_s)
+    def _expected_s(self, run: Task | Submission) -> float:
+        most_s = self.agenda.limits.max_minutes_per_run * SECONDS_PER_MINUTE
+        return self.dispatch.overhead_s + min(self.agenda.expected_s(run), most_s)
 
     def snapshot(self) -> Snapshot:
         """How things stand, for those who watch."""
@@ -168,7 +110,7 @@ class Campaign:
         return Status(doing=self._doing, elapsed_s=elapsed_s, gpu_hours=self._spent_gpu_hours(), states=states)
 
     def _spent_gpu_hours(self) -> float:
-        return spent_gpu_hours(self.plan, self.results, self.outcomes.values())
+        return spent_gpu_hours(self.agenda.cluster, self.results, self.outcomes.values())
 
     # ------------------------------------------------------------ starting
 
@@ -180,7 +122,7 @@ class Campaign:
         if self._has_taken_over:
             return
         open_runs = {
-            run: s for run, s in self._submissions.items() if run not in self.outcomes and s.name in self._rows
+            run: s for run, s in self._submissions.items() if run not in self.outcomes and self.agenda.knows(s.name)
         }
         # It may have died between the scheduler's answer and its note of it.
         unnoted = [s.token for s in open_runs.values() if s.job_id is None]
@@ -193,7 +135,7 @@ class Campaign:
         for run in open_runs:
             job_id = job_ids.get(run)
             alive = job_id is not None and states[job_id].state in (launch.JobState.PENDING, launch.JobState.RUNNING)
-            flight = _Flight(submission=self._submissions[run], row=self._rows[open_runs[run].name], is_adopted=True)
+            flight = _Flight(submission=self._submissions[run])
             outcome = self.results.read_outcome(run)
             if alive:
                 self.screen.say(f"job {job_id} of an earlier process still runs {run}; waiting for it")
@@ -206,30 +148,31 @@ class Campaign:
         self._submissions[submission.run] = submission
         self.results.record_submission(submission)
 
-    def submit(self, orders: Sequence[Order]) -> None:
+    def submit(self, tasks: Sequence[Task]) -> None:
         """Start these runs; BusyError where the scheduler does not take them all now, and some are left for later."""
         runs = []
-        for order in orders:
-            layout = self.course.landscape.target.layouts.row(order.row)
-            config = timed_run(
-                self.plan.config,
-                layout,
-                nodes=order.nodes,
-                steps=order.steps,
-                max_minutes=self.plan.request.max_minutes_per_run,
-            )
+        for task in tasks:
             submission = Submission(
-                name=layout.name,
-                run=self.results.prepare_run(layout.name, files.yaml_text(config.document())),
+                name=task.name,
+                run=self.results.prepare_run(task.name, self.agenda.texts(task)),
                 token=uuid.uuid4().hex[:12],
-                nodes=order.nodes,
-                gpus=config.gpus,
-                steps=order.steps,
-                predicted_step_time_s=cost.step_time_s(self.course, order.row, order.nodes),
+                nodes=task.nodes,
+                gpus=task.gpus,
+                steps=task.steps,
+                parts=task.parts,
+                predicted_step_time_s=task.predicted_step_time_s,
             )
             self._note(submission)  # before the job is there: a job that nobody knows of would be run twice
-            self.under_way[submission.run] = _Flight(submission=submission, row=order.row, why=order.why)
-            runs.append(planned_run(self.plan, self.results, submission.run, order.nodes, submission.token))
+            self.under_way[submission.run] = _Flight(submission=submission, task=task)
+            runs.append(
+                planned_run(
+                    self.results,
+                    submission.run,
+                    nodes=task.nodes,
+                    max_minutes=self.agenda.limits.max_minutes_per_run,
+                    token=submission.token,
+                )
+            )
         try:
             self.launcher.submit(runs, self._was_started)
         finally:
@@ -242,7 +185,8 @@ class Campaign:
         flight.submission = replace(flight.submission, job_id=job_id)
         self._note(flight.submission)
         nodes = f"{run.nodes} node{'s' if run.nodes > 1 else ''}"
-        self.screen.say(f"job {job_id}: {run.name}: {flight.submission.steps} steps on {nodes}, {flight.why}")
+        if flight.task is not None:
+            self.screen.say(f"job {job_id}: {run.name}: {flight.task.what} on {nodes}, {flight.task.why}")
 
     # ------------------------------------------------------------ looking
 
@@ -269,7 +213,7 @@ class Campaign:
             flight.running_since = None  # queued again by the scheduler
         elif status.state is launch.JobState.RUNNING:
             flight.running_since = flight.running_since or now
-            limit_s = self.plan.request.max_minutes_per_run * SECONDS_PER_MINUTE + launch.OVERDUE_S
+            limit_s = self.agenda.limits.max_minutes_per_run * SECONDS_PER_MINUTE + launch.OVERDUE_S
             if now - flight.running_since > limit_s:
                 self.launcher.cancel([job_id])
                 message = f"still running {limit_s:.0f} s after its start; cancelled"
@@ -282,12 +226,12 @@ class Campaign:
             if outcome is not None or now - flight.ended_since >= _SETTLE_S:
                 self._end(flight, job_id, status, outcome)
 
-    def _end(self, flight: _Flight, job_id: str, status: launch.JobStatus, outcome: Outcome | None) -> None:
+    def _end(self, flight: _Flight, job_id: str, status: launch.JobStatus, outcome: AnyOutcome | None) -> None:
         if outcome is not None:
             self._settle(
                 flight, outcome, may_run_again=isinstance(outcome, Failure) and outcome.kind is FailureKind.LOST
             )
-        elif flight.is_adopted and status.state is launch.JobState.LOST:
+        elif flight.task is None and status.state is launch.JobState.LOST:
             # Cancelled with its search, and forgotten since: no failure of the layout.
             del self.under_way[flight.submission.run]
             self.screen.say(f"{flight.submission.run}: {status.detail}; its layout will be run again")
@@ -307,14 +251,12 @@ class Campaign:
         if "oom-kill" in text or "memory limit" in text or "Out Of Memory" in text:
             kind = FailureKind.OOM
         own = [line for line in text.strip().splitlines() if not line.startswith("submitit ")]
-        last = redact((own or [""])[-1], {**os.environ, **self.plan.cluster.environment})
+        last = redact((own or [""])[-1], {**os.environ, **self.agenda.cluster.environment})
         return Failure(kind=kind, message=f"{status.detail}{f'; last line: {last}' if last else ''}", log_path=str(log))
 
-    def _settle(self, flight: _Flight, outcome: Outcome, *, may_run_again: bool = False) -> None:
+    def _settle(self, flight: _Flight, outcome: AnyOutcome, *, may_run_again: bool = False) -> None:
         submission = flight.submission
         self.under_way.pop(submission.run, None)
-        measured = outcome if isinstance(outcome, Measurement) else None
-        failure = outcome if isinstance(outcome, Failure) else None
         record = OutcomeRecord(
             name=submission.name,
             run=submission.run,
@@ -322,58 +264,62 @@ class Campaign:
             nodes=submission.nodes,
             gpus=submission.gpus,
             steps=submission.steps,
-            ran_s=_ran_s(flight, measured),
-            measurement=measured,
-            failure=failure,
+            parts=submission.parts,
+            ran_s=0.0,
+            measurement=outcome if isinstance(outcome, Measurement) else None,
+            serving=outcome if isinstance(outcome, ServingMeasurement) else None,
+            failure=outcome if isinstance(outcome, Failure) else None,
             may_run_again=may_run_again,
         )
+        record = replace(record, ran_s=self._ran_s(flight, record))
+        failure = record.failure
         self.results.record_outcome(record)
         self.outcomes[submission.run] = record
         self._status_at = 0.0
-        if measured:
-            spread = (measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s
-            self.screen.say(
-                f"[{len(self.outcomes)}] {submission.run}: {measured.model_tflops_per_gpu:.4g} TFLOPS/GPU, "
-                f"{measured.step_time_s:.4g} s a step ±{spread:.1%}, {submission.predicted_step_time_s:.4g} s predicted"
-            )
-        elif failure:
+        if failure is None:
+            self.screen.say(f"[{len(self.outcomes)}] {submission.run}: {self.agenda.said(record, submission)}")
+        else:
             again = "; none of the layout's doing, to be run again" if may_run_again else ""
             self.screen.say(f"[{len(self.outcomes)}] {submission.run}: {failure.kind.value}: {failure.message}{again}")
 
+    def _ran_s(self, flight: _Flight, record: OutcomeRecord) -> float:
+        """How long the run held its GPUs: as far as it was seen, or else as its own clock says."""
+        seen_s = time.monotonic() - flight.running_since if flight.running_since is not None else 0.0
+        return max(self.agenda.own_s(record), seen_s)
+
     # ------------------------------------------------------------ deciding
 
-    def next_orders(self) -> tuple[list[Order], str | None]:
+    def next_tasks(self) -> tuple[list[Task], str | None]:
         """What to start now, as many as may run at once; or why nothing is left to start, when all has ended."""
-        timings = self.timings()
-        orders: list[Order] = []
+        known = self.known()
+        flying: list[Task | Submission] = [flight.submission for flight in self.under_way.values()]
+        tasks: list[Task] = []
         slots = self.launcher.slots if self.dispatch.parallel is None else self.dispatch.parallel
-        while slots is None or len(self.under_way) + len(orders) < slots:
-            step = next_order(self.course, timings)
-            if isinstance(step, Wait):
-                return orders, None
-            if isinstance(step, Stop):
-                return orders, step.why
-            if (why := self._too_much(step, orders)) is not None:
-                return orders, why
-            orders.append(step)
-            timings.append(Timing(row=step.row, nodes=step.nodes, steps=step.steps, ending=Ending.UNDER_WAY))
-        return orders, None
+        while slots is None or len(flying) < slots:
+            task = self.agenda.next(known, flying)
+            if isinstance(task, Wait):
+                return tasks, None
+            if isinstance(task, Stop):
+                return tasks, task.why
+            if (why := self._too_much(task, flying)) is not None:
+                return tasks, why
+            tasks.append(task)
+            flying.append(task)
+        return tasks, None
 
-    def _too_much(self, order: Order, orders: Sequence[Order]) -> str | None:
+    def _too_much(self, task: Task, flying: Sequence[Task | Submission]) -> str | None:
         """Why a run is more than the search may cost; None where it is not."""
-        request, per_node = self.plan.request, self.plan.cluster.gpus_per_node
-        run_s = self._expected_s(order.row, order.steps, order.nodes)
-        if request.max_hours is not None and time.monotonic() + run_s > self._deadline(request.max_hours):
-            return f"--max-hours {request.max_hours:g} leaves no time for another run"
-        if request.budget_gpu_hours is None:
+        limits, per_node = self.agenda.limits, self.agenda.cluster.gpus_per_node
+        run_s = self._expected_s(task)
+        if limits.max_hours is not None and time.monotonic() + run_s > self._deadline(limits.max_hours):
+            return f"--max-hours {limits.max_hours:g} leaves no time for another run"
+        if limits.budget_gpu_hours is None:
             return None
-        flying = [(f.row, f.submission.steps, f.submission.nodes) for f in self.under_way.values()]
-        flying += [(x.row, x.steps, x.nodes) for x in (*orders, order)]
-        gpu_s = sum(self._expected_s(*run) * run[2] * per_node for run in flying)
+        gpu_s = sum(self._expected_s(run) * run.nodes * per_node for run in (*flying, task))
         spent = self._spent_gpu_hours() + gpu_s / SECONDS_PER_HOUR
-        if spent > request.budget_gpu_hours:
+        if spent > limits.budget_gpu_hours:
             return (
-                f"another run would exceed --budget-gpu-hours {request.budget_gpu_hours:g}: "
+                f"another run would exceed --budget-gpu-hours {limits.budget_gpu_hours:g}: "
                 f"with it the search is expected to have cost {spent:.3g}"
             )
         return None
@@ -383,7 +329,7 @@ class Campaign:
 
     def run(self) -> str:
         """Start and collect until nothing is left to do; why the search ended."""
-        max_hours = self.plan.request.max_hours
+        max_hours = self.agenda.limits.max_hours
         while True:
             self.collect()
             why = self._go_on() if time.monotonic() >= self._retry_at else None
@@ -406,9 +352,9 @@ class Campaign:
             known = len(self.outcomes), frozenset(self.under_way)
             if self._decided is not None and self._decided[0] == known:
                 return self._decided[1]  # nothing has happened since
-            orders, why = self.next_orders()
-            if orders:
-                self.submit(orders)
+            tasks, why = self.next_tasks()
+            if tasks:
+                self.submit(tasks)
         except BusyError as error:
             low_s, high_s = _BACK_OFF_S
             self._back_off_s = min(high_s, max(low_s, 2 * self._back_off_s))
@@ -443,7 +389,7 @@ class Campaign:
         self._attempt(self.launcher.close)
         for run, flight in list(self.under_way.items()):
             outcome = self.results.read_outcome(run)
-            if isinstance(outcome, Measurement):
+            if isinstance(outcome, (Measurement, ServingMeasurement)):
                 self._settle(flight, outcome)
         if self.under_way:
             self.screen.say(f"left for --resume: {', '.join(self.under_way)}")
@@ -456,16 +402,9 @@ class Campaign:
             self.screen.say(str(error))
 
 
-def _ran_s(flight: _Flight, measured: Measurement | None) -> float:
-    """How long the run held its GPUs: as far as it was seen, or else as its own clock says."""
-    own_s = measured.startup_s + flight.submission.steps * measured.step_time_s if measured else 0.0
-    seen_s = time.monotonic() - flight.running_since if flight.running_since is not None else 0.0
-    return max(own_s, seen_s)
-
-
-def measure(plan: Plan, course: Course, results: ResultsDirectory, work: Work) -> str:
-    """Order, launch and collect until the course is run, and say why it ended; an interruption leaves no job behind."""
-    campaign = Campaign(plan, course, results, work)
+def measure(agenda: Agenda, results: ResultsDirectory, work: Work) -> str:
+    """Start and collect until the agenda is done, and say why it ended; an interruption leaves no job behind."""
+    campaign = Campaign(agenda, results, work)
     if campaign.outcomes:
         work.screen.say(f"{len(campaign.outcomes)} runs ended before, and are not repeated")
     with _interrupted_once() as be_deaf:

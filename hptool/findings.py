@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hptool import report, train
-from hptool.campaign import rows_of, spent_gpu_hours, timings_of
+from hptool.campaign import spent_gpu_hours
 from hptool.candidates import Layouts
 from hptool.cost import Estimate
 from hptool.course import Course, Standing, standing
@@ -12,6 +12,7 @@ from hptool.plan import Plan, facts_remark
 from hptool.predict import predict, stack
 from hptool.results import OutcomeRecord, ResultsDirectory
 from hptool.timed_runs import timed_run
+from hptool.training_agenda import rows_of, timings_of
 from hptool.units import SECONDS_PER_DAY
 
 
@@ -54,7 +55,7 @@ def make_report(search: Search, notes: Sequence[str] = ()) -> report.Report:
         planned_runs=plan.planned_runs,
         predictions=plan.predictions,
         spent=report.Spent(
-            gpu_hours=spent_gpu_hours(plan, results, records.values()),
+            gpu_hours=spent_gpu_hours(plan.cluster, results, records.values()),
             runs=len(records),
             grid_layouts=estimate.grid_layouts,
             grid_gpu_hours=estimate.grid_gpu_hours,

@@ -186,4 +186,5 @@ class ServingMeasurement:
 
 
 Outcome: TypeAlias = Measurement | Failure
-ServingOutcome: TypeAlias = ServingMeasurement | Failure
+#: Of a run of either kind of search.
+AnyOutcome: TypeAlias = Outcome | ServingMeasurement

@@ -19,18 +19,21 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from hptool import files
 from hptool.errors import InputError, LaunchError
-from hptool.measurement import Failure, FailureKind, Measurement, Outcome
+from hptool.measurement import AnyOutcome, Failure, FailureKind, Measurement, ServingMeasurement
 from hptool.units import SECONDS_PER_HOUR
 
 #: Held by the process that works in a results directory.
 LOCK = ".lock"
+
+#: In the directory of a run that serves: what it is asked.
+SERVING = "serving.json"
 
 #: For how long somebody who only looks whether the directory is held may keep others from holding it.
 _LOOK_S = 0.5
@@ -41,6 +44,7 @@ class Submission:
     """The run `run` of the layout `name`, handed to the scheduler as a job that carries `token`.
 
     Without a job id it was about to be. `predicted_step_time_s` is of this run, before the search has learnt anything.
+    A run that serves has `parts`, the points that it measures, and its `steps` are those.
     """
 
     name: str
@@ -51,11 +55,12 @@ class Submission:
     steps: int
     predicted_step_time_s: float
     job_id: str | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutcomeRecord:
-    """What came of one run of a layout, and what it cost; exactly one of `measurement` and `failure` is there.
+    """What came of one run of a layout, and what it cost: a training's `measurement`, a `serving` one, or a `failure`.
 
     `ran_s` is how long the run held its GPUs. The layout may be run again after a failure that was none of its own.
     """
@@ -68,12 +73,14 @@ class OutcomeRecord:
     steps: int
     ran_s: float
     measurement: Measurement | None = None
+    serving: ServingMeasurement | None = None
     failure: Failure | None = None
     may_run_again: bool = False
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if (self.measurement is None) == (self.failure is None):
-            raise ValueError("measurement, failure: both or neither given, allowed is one of them")
+        if sum(x is not None for x in (self.measurement, self.serving, self.failure)) != 1:
+            raise ValueError("measurement, serving, failure: several or none given, allowed is one of them")
 
     @property
     def gpu_hours(self) -> float:
@@ -188,11 +195,13 @@ class ResultsDirectory:
         """Where a run lives."""
         return self.path / "runs" / run
 
-    def prepare_run(self, name: str, config_text: str) -> str:
-        """A fresh directory with its config for a run of the layout `name`; what the run is called."""
+    def prepare_run(self, name: str, texts: Mapping[str, str]) -> str:
+        """A fresh directory with these files, by name, for a run of the layout `name`; what the run is called."""
         tries = itertools.count(1)
-        run = next(run for k in tries if not _was_tried(self.run_directory(run := name if k == 1 else f"{name}.{k}")))
-        files.write_text(self.run_directory(run) / "config.yaml", config_text)
+        runs = (name if k == 1 else f"{name}.{k}" for k in tries)
+        run = next(run for run in runs if not _was_tried(self.run_directory(run), texts))
+        for file_name, text in texts.items():
+            files.write_text(self.run_directory(run) / file_name, text)
         return run
 
     def record_submission(self, submission: Submission) -> None:
@@ -238,14 +247,16 @@ class ResultsDirectory:
         assert isinstance(found, Status)  # noqa: S101 (what was asked for)
         return found
 
-    def read_outcome(self, run: str) -> Outcome | None:
+    def read_outcome(self, run: str) -> AnyOutcome | None:
         """What the job itself left behind: a measurement before any failure, None while there is neither."""
         directory = self.run_directory(run)
         measurement = directory / "measurement.json"
         try:
             if measurement.is_file():
-                found = files.parse_json(files.read_text(measurement), Measurement, str(measurement))
-                assert isinstance(found, Measurement)  # noqa: S101 (what was asked for)
+                serves = (directory / SERVING).is_file()
+                kind = ServingMeasurement if serves else Measurement
+                found = files.parse_json(files.read_text(measurement), kind, str(measurement))
+                assert isinstance(found, (Measurement, ServingMeasurement))  # noqa: S101 (what was asked for)
                 return found
             for path in sorted(directory.glob("failure-rank*.json")):
                 failure = files.parse_json(files.read_text(path), Failure, str(path))
@@ -266,9 +277,9 @@ class ResultsDirectory:
         return found
 
 
-def _was_tried(directory: Path) -> bool:
-    """A run has left something there beside its config."""
-    return directory.exists() and any(x.name != "config.yaml" for x in directory.iterdir())
+def _was_tried(directory: Path, given: Collection[str]) -> bool:
+    """A run has left something there beside what it was given."""
+    return directory.exists() and any(x.name not in given for x in directory.iterdir())
 
 
 def hold(directory: Path) -> TextIO:

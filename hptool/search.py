@@ -15,6 +15,7 @@ from hptool.findings import Search, make_report
 from hptool.plan import Plan, SearchRequest, facts_remark, make_plan, read_plan, with_facts_of
 from hptool.results import ResultsDirectory
 from hptool.timed_runs import timed_run
+from hptool.training_agenda import TrainingAgenda
 from hptool.watch import MEASURING, Screen, duration, of_directory
 from hptool.worker.refusals import refuse_missing_framework, refuse_missing_kernels
 
@@ -43,7 +44,7 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
             note, ended = "Everything was written, nothing was launched.", None
         else:
             work = Work(dispatch=dispatch, launcher=launcher, screen=screen)
-            note, ended = None, measure(plan, course, results, work)
+            note, ended = None, measure(TrainingAgenda(plan, course), results, work)
             screen.say(f"ended: {ended}")
         found = Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended)
         made = make_report(found, [note] if note else [])
@@ -177,6 +178,6 @@ def _write_plan(plan: Plan, course: Course, results: ResultsDirectory, screen: S
                 max_minutes=plan.request.max_minutes_per_run,
             )
             files.write_text(folder / "config.yaml", files.yaml_text(timed.document()))
-            run = planned_run(plan, results, layout.name, nodes)
+            run = planned_run(results, layout.name, nodes=nodes, max_minutes=plan.request.max_minutes_per_run)
             parameters = launch.run_parameters(run, plan.cluster)
             files.write_text(folder / "run.sh", launch.batch_script(parameters, folder / "config.yaml", folder))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hptool import files, launch
+from hptool.agenda import Task
 from hptool.campaign import Campaign, Work, measure
 from hptool.candidates import Layout, Recompute, SearchSpace
 from hptool.cost import Dispatch
@@ -24,7 +25,7 @@ from hptool.launch.jobs import node_job
 from hptool.measurement import FailureKind
 from hptool.plan import Plan, SearchRequest, make_plan
 from hptool.results import ResultsDirectory, Status
-from hptool.strategy import Ending
+from hptool.training_agenda import TrainingAgenda
 from hptool.watch import INTERRUPTED, Snapshot
 from tests import samples
 from tests.searches import processes_of, wait_for
@@ -113,7 +114,9 @@ def plan_of(results: Path, **asked: Any) -> Plan:
 
 def campaign_of(plan: Plan, results: ResultsDirectory, launcher: launch.Launcher, listener: Listener) -> Campaign:
     dispatch = Dispatch(submit="separate", parallel=None, overhead_s=8.0)
-    return Campaign(plan, plan.course, results, Work(dispatch=dispatch, launcher=launcher, screen=listener))
+    return Campaign(
+        TrainingAgenda(plan, plan.course), results, Work(dispatch=dispatch, launcher=launcher, screen=listener)
+    )
 
 
 @pytest.fixture
@@ -122,16 +125,21 @@ def campaign(tmp_path: Path, listener: Listener) -> Campaign:
     results = ResultsDirectory(plan.directory)
     results.begin(plan.document(), resume=False)
     found = campaign_of(plan, results, Scheduler(tmp_path), listener)
-    found.submit([ORDER])
+    found.submit([agenda_of(found).task(ORDER)])
     return found
 
 
 ORDER = Order(row=0, steps=8, nodes=1, why="tested")
 
 
+def agenda_of(campaign: Campaign) -> TrainingAgenda:
+    assert isinstance(campaign.agenda, TrainingAgenda)
+    return campaign.agenda
+
+
 def again(campaign: Campaign, listener: Listener) -> Campaign:
     """The next process that looks after the same search."""
-    return campaign_of(campaign.plan, campaign.results, campaign.launcher, listener)
+    return campaign_of(agenda_of(campaign).plan, campaign.results, campaign.launcher, listener)
 
 
 def scheduler(campaign: Campaign) -> Scheduler:
@@ -205,7 +213,7 @@ def test_a_job_of_an_earlier_process_is_waited_for_and_not_repeated(campaign: Ca
     other = again(campaign, listener)
     other.take_over()
     assert [f.submission.job_id for f in other.under_way.values()] == ["7"]
-    assert not [t for t in other.timings() if t.ending is not Ending.UNDER_WAY]
+    assert not other.known()
 
 
 def test_a_job_whose_id_nobody_noted_is_found_by_its_mark(campaign: Campaign, listener: Listener) -> None:
@@ -276,7 +284,7 @@ def test_who_is_impatient_gets_all_of_the_clearing_up(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     dispatch = Dispatch(submit="separate", parallel=None, overhead_s=8.0)
     with pytest.raises(KeyboardInterrupt) as caught:
-        measure(plan, plan.course, results, Work(dispatch=dispatch, launcher=launcher, screen=screen))
+        measure(TrainingAgenda(plan, plan.course), results, Work(dispatch=dispatch, launcher=launcher, screen=screen))
     assert caught.value.args == (signal.SIGINT,)
     assert launcher.cancelled == ["7"]
     assert launcher.is_closed
@@ -314,7 +322,7 @@ def test_a_job_that_was_never_taken_costs_nothing(campaign: Campaign, listener: 
     other.take_over()
     assert not other.under_way
     assert not other.outcomes
-    other.submit([ORDER])
+    other.submit([agenda_of(other).task(ORDER)])
     assert list(other.under_way) == [RUN]  # its directory held a config and nothing else
 
 
@@ -325,7 +333,7 @@ def test_a_job_that_is_gone_without_an_outcome_is_free_to_be_run_again(campaign:
     other.take_over()
     assert not other.under_way
     assert not other.outcomes
-    other.submit([ORDER])
+    other.submit([agenda_of(other).task(ORDER)])
     assert list(other.under_way) == [f"{RUN}.2"]
 
 
@@ -368,8 +376,8 @@ def test_what_the_scheduler_took_away_is_run_again_and_counts_as_cost(
     record = campaign.outcomes[RUN]
     assert record.may_run_again
     assert record.gpu_hours == pytest.approx(2 * 36 / 3600, rel=0.1)
-    orders, _ = campaign.next_orders()
-    assert [order.row for order in orders] == [0]
+    tasks, _ = campaign.next_tasks()
+    assert [task.name for task in tasks] == [RUN]
 
 
 def test_what_somebody_cancelled_is_run_again_only_by_who_resumes(
@@ -379,8 +387,8 @@ def test_what_somebody_cancelled_is_run_again_only_by_who_resumes(
     campaign.collect()
     later(monkeypatch, 6)
     campaign.collect()
-    assert campaign.next_orders()[0] == []
-    assert [order.row for order in again(campaign, listener).next_orders()[0]] == [0]
+    assert campaign.next_tasks()[0] == []
+    assert [task.name for task in again(campaign, listener).next_tasks()[0]] == [RUN]
 
 
 def test_a_job_that_is_queued_again_starts_its_time_anew(campaign: Campaign, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,10 +416,10 @@ def test_a_busy_scheduler_is_asked_again_ever_later(
     tries: list[float] = []
     submit = campaign.submit
 
-    def counted(orders: Sequence[Order]) -> None:
+    def counted(tasks: Sequence[Task]) -> None:
         tries.append(time.monotonic())
         launcher.busy = len(tries) <= 4
-        submit(orders)
+        submit(tasks)
 
     monkeypatch.setattr(campaign, "submit", counted)
     campaign.run()
@@ -428,19 +436,19 @@ def test_a_budget_ends_the_search_before_it_is_exceeded(tmp_path: Path, listener
     results = ResultsDirectory(plan.directory)
     results.begin(plan.document(), resume=False)
     campaign = campaign_of(plan, results, Scheduler(tmp_path), listener)
-    orders, why = campaign.next_orders()
+    tasks, why = campaign.next_tasks()
     # Some eight seconds of start and eight steps of 0.2 s on two ranks are 0.0053 GPU hours a run.
-    assert len(orders) == 2
+    assert len(tasks) == 2
     assert why is not None
     assert why.startswith("another run would exceed --budget-gpu-hours 0.012: with it the search is expected to have")
-    campaign.submit(orders)
-    assert campaign.next_orders() == ([], why)
+    campaign.submit(tasks)
+    assert campaign.next_tasks() == ([], why)
 
 
 def test_the_time_for_a_search_ends_it_and_leaves_the_rest_to_who_resumes(
     campaign: Campaign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    object.__setattr__(campaign.plan.request, "max_hours", 0.05)
+    object.__setattr__(campaign.agenda.limits, "max_hours", 0.05)
     campaign.collect()
     later(monkeypatch, 181)
     why = campaign.run()
@@ -481,8 +489,8 @@ def test_after_three_losses_only_who_resumes_tries_again(campaign: Campaign, lis
     lost = samples.failure(FailureKind.LOST, "NODE_FAIL")
     for run in (RUN, f"{RUN}.2", f"{RUN}.3"):
         campaign.results.record_outcome(replace(samples.record(RUN, lost, run=run), may_run_again=True))
-    orders, _ = again(campaign, listener).next_orders()
-    assert [order.row for order in orders] == [0]
+    tasks, _ = again(campaign, listener).next_tasks()
+    assert [task.name for task in tasks] == [RUN]
     campaign.under_way.clear()
     campaign.outcomes.update(campaign.results.outcomes())  # as they came in while this process was there
-    assert campaign.next_orders()[0] == []
+    assert campaign.next_tasks()[0] == []

@@ -27,6 +27,7 @@ from hptool.launch import JobState, JobStatus, Run
 from hptool.measurement import FailureKind
 from hptool.plan import Plan, SearchRequest, make_plan
 from hptool.results import ResultsDirectory
+from hptool.training_agenda import TrainingAgenda
 from tests import samples
 from tests.searches import outcome_lines
 from tests.test_campaign import Listener
@@ -105,7 +106,8 @@ def go_on(plan: Plan, launcher: launch.Launcher) -> None:
     results = ResultsDirectory(plan.directory)
     results.begin(plan.document(), resume=True)
     dispatch = Dispatch(submit="separate", parallel=None, overhead_s=1.0)
-    campaign = Campaign(plan, plan.course, results, Work(dispatch=dispatch, launcher=launcher, screen=Listener()))
+    agenda = TrainingAgenda(plan, plan.course)
+    campaign = Campaign(agenda, results, Work(dispatch=dispatch, launcher=launcher, screen=Listener()))
     campaign.take_over()
     campaign.run()
     results.close()

@@ -80,7 +80,7 @@ def test_a_submission_is_noted_before_its_job_has_an_id(results: ResultsDirector
 
 
 def test_a_measurement_outweighs_a_failure(results: ResultsDirectory) -> None:
-    directory = results.run_directory(results.prepare_run("a", "run: {}"))
+    directory = results.run_directory(results.prepare_run("a", {"config.yaml": "run: {}"}))
     assert results.read_outcome("a") is None
     files.write_text(directory / "failure-rank1.json", files.json_text(samples.failure()))
     assert results.read_outcome("a") == samples.failure()
@@ -89,7 +89,7 @@ def test_a_measurement_outweighs_a_failure(results: ResultsDirectory) -> None:
 
 
 def test_an_unreadable_measurement_is_a_failure_and_no_traceback(results: ResultsDirectory) -> None:
-    directory = results.run_directory(results.prepare_run("a", "run: {}"))
+    directory = results.run_directory(results.prepare_run("a", {"config.yaml": "run: {}"}))
     (directory / "measurement.json").write_text('{"step_times_s": []}')
     found = results.read_outcome("a")
     assert isinstance(found, Failure)
@@ -98,18 +98,18 @@ def test_an_unreadable_measurement_is_a_failure_and_no_traceback(results: Result
 
 
 def test_a_new_try_never_sees_the_files_of_the_last(results: ResultsDirectory) -> None:
-    assert results.prepare_run("a", "try: 1") == "a"
-    assert results.prepare_run("a", "try: 1") == "a"  # nothing was there but the config
+    assert results.prepare_run("a", {"config.yaml": "try: 1"}) == "a"
+    assert results.prepare_run("a", {"config.yaml": "try: 1"}) == "a"  # nothing was there but the config
     files.write_text(results.run_directory("a") / "failure-rank0.json", files.json_text(samples.failure()))
-    assert results.prepare_run("a", "try: 2") == "a.2"
+    assert results.prepare_run("a", {"config.yaml": "try: 2"}) == "a.2"
     assert results.read_outcome("a.2") is None
     assert results.read_outcome("a") == samples.failure()
     (results.run_directory("a.2") / "logs").mkdir()
-    assert results.prepare_run("a", "try: 3") == "a.3"
+    assert results.prepare_run("a", {"config.yaml": "try: 3"}) == "a.3"
 
 
 def test_progress_is_what_the_job_last_said(results: ResultsDirectory) -> None:
-    directory = results.run_directory(results.prepare_run("a", "run: {}"))
+    directory = results.run_directory(results.prepare_run("a", {"config.yaml": "run: {}"}))
     assert results.read_progress("a") is None
     (directory / "progress.json").write_text('{"step": 3, "of": 20, "tokens_per_s": 1.5}')
     assert results.read_progress("a") == Progress(step=3, of=20, tokens_per_s=1.5)

@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hptool import files
-from hptool.campaign import rows_of, timings_of
 from hptool.course import next_order, standing
 from hptool.plan import SearchRequest, make_plan
 from hptool.results import ResultsDirectory
+from hptool.training_agenda import rows_of, timings_of
 from tests import samples
 
 OUTCOMES = 10_000

@@ -16,7 +16,7 @@ from typing import Any
 from hptool import files
 from hptool.candidates import Layout
 from hptool.errors import InputError
-from hptool.measurement import Failure, FailureKind, Outcome
+from hptool.measurement import Failure, FailureKind, Measurement, Outcome
 from hptool.plan import Plan
 from hptool.results import ResultsDirectory
 from hptool.timed_runs import timed_run
@@ -41,13 +41,13 @@ def run(plan: Plan, layout: Layout, *, steps: int, directory: Path, limit_s: flo
     """
     config = timed_run(plan.config, layout, nodes=1, steps=steps, max_minutes=MAX_MINUTES)
     results = ResultsDirectory(directory)
-    name = results.prepare_run(layout.name, files.yaml_text(config.document()))
+    name = results.prepare_run(layout.name, {"config.yaml": files.yaml_text(config.document())})
     place = results.run_directory(name)
     job = node_job(str(place / "config.yaml"), str(place), os.getpid())
     log = place / "supervisor.log"
     code = in_child(partial(_supervise, job), log=log, limit_s=limit_s)
     outcome = results.read_outcome(name)
-    if outcome is not None:
+    if isinstance(outcome, (Measurement, Failure)):
         return outcome
     if code is None:
         return Failure(kind=FailureKind.TIMEOUT, message=f"not over after {limit_s:.0f} s", log_path=str(log))
