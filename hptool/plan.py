@@ -147,7 +147,7 @@ def make_plan(request: SearchRequest, framework_name: str | None = None, cluster
         raise InputError(f"--verify-nodes: {request.verify_nodes} given, allowed is 1 to {nodes} (--nodes)")
     if request.parallel is not None and request.parallel > 1 and cluster.scheduler == "local":
         raise InputError(f"--parallel: {request.parallel} given, allowed is 1: runs on this machine share its devices")
-    config = read_config(request, cluster, nodes)
+    config = read_config(request.model, request.overrides, cluster, nodes)
     space = pinned(request.space, config, request.overrides)
     framework = files.read_framework(framework_name or WORKER_FRAMEWORK)
     return _plan(replace(request, space=space), cluster, config, framework)
@@ -245,21 +245,21 @@ def _check_numbers(request: SearchRequest) -> None:
         raise InputError(*problems)
 
 
-def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseConfig:
+def read_config(model: str, overrides: Sequence[str], cluster: Cluster, nodes: int) -> BaseConfig:
     """The preset or file that `--model` names, for these nodes, with the overrides."""
-    preset = None if request.model.endswith((".yaml", ".yml")) else catalogue.preset(request.model)
+    preset = None if model.endswith((".yaml", ".yml")) else catalogue.preset(model)
     if preset is not None:
         site = Site(cluster=cluster, num_nodes=nodes)
-        document = files.parse_yaml(catalogue.config_text(preset, site, Layout()), request.model)
+        document = files.parse_yaml(catalogue.config_text(preset, site, Layout()), model)
     else:
-        document = files.read_config_yaml(Path(request.model))
+        document = files.read_config_yaml(Path(model))
         # The nodes and devices are the cluster's, whatever the file was written for.
         device = "gpu" if cluster.gpu.device == "cuda" else "cpu"
         for key, value in (("num_nodes", nodes), ("devices", cluster.gpus_per_node), ("accelerator", device)):
             document = files.with_value(document, ["trainer", key], value)
-    document = files.apply_overrides(document, request.overrides, "override")
-    config = files.parse(document, BaseConfig, request.model)
-    if preset is not None and not any(override.startswith("trainer.max_steps=") for override in request.overrides):
+    document = files.apply_overrides(document, overrides, "override")
+    config = files.parse(document, BaseConfig, model)
+    if preset is not None and not any(override.startswith("trainer.max_steps=") for override in overrides):
         # Another batch or length is no reason to train on other tokens than the recipe's.
         steps = max(1, preset.tokens // (config.model.data.seq_length * config.model.global_batch_size))
         config = replace(config, trainer=replace(config.trainer, max_steps=steps))
@@ -276,9 +276,7 @@ def read_config(request: SearchRequest, cluster: Cluster, nodes: int) -> BaseCon
             if config.model.fp8
             else ("trainer.precision", config.trainer.precision)
         )
-        raise InputError(
-            f"{request.model}: {given[0]}: {given[1]!r} given, allowed on {cluster.gpu.name} is {allowed_words}"
-        )
+        raise InputError(f"{model}: {given[0]}: {given[1]!r} given, allowed on {cluster.gpu.name} is {allowed_words}")
     return config
 
 

@@ -83,7 +83,7 @@ def size_on(cluster: Cluster, model: str, tokens: float, tflops: float | None = 
     try:
         plan = make_plan(request, cluster=cluster)
     except NoFeasibleLayout:
-        shape = read_config(request, cluster, cluster.nodes).shape
+        shape = read_config(request.model, request.overrides, cluster, cluster.nodes).shape
         gpus = cluster.nodes * cluster.gpus_per_node
         return _size(model, shape, tokens, refusal=f"no layout can start on {gpus} GPUs")
     return _best(plan, model, tokens, tflops)

@@ -1,16 +1,15 @@
 """The path, once, in order: plan, write, say what it costs, measure, report."""
 
 import contextlib
-import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from hptool import catalogue, cost, files, launch, report
-from hptool.campaign import Work, measure, planned_run
+from hptool.campaign import planned_run
+from hptool.conduct import Confirm, Venture, asked_lines, conduct
 from hptool.cost import Dispatch, Estimate
 from hptool.course import Course
-from hptool.errors import LaunchError
 from hptool.findings import Search, make_report
 from hptool.plan import Plan, SearchRequest, facts_remark, make_plan, read_plan, with_facts_of
 from hptool.results import ResultsDirectory
@@ -18,9 +17,6 @@ from hptool.timed_runs import timed_run
 from hptool.training_agenda import TrainingAgenda
 from hptool.watch import MEASURING, Screen, duration, of_directory
 from hptool.worker.refusals import refuse_missing_framework, refuse_missing_kernels
-
-#: Asks whether to go on; only where somebody can answer.
-Confirm = Callable[[], bool]
 
 
 def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tuple[report.Report, Path]:
@@ -31,32 +27,25 @@ def search_train(request: SearchRequest, screen: Screen, confirm: Confirm) -> tu
     plan = _planned(request, screen)
     course = plan.course
     dispatch, estimate = _cost(plan, course)
-    launcher = launch.launcher(plan.cluster, plan.directory / "jobs", dispatch.submit)
-    results = ResultsDirectory(plan.directory)
-    try:
-        results.begin(plan.document(), resume=request.resume)
-        _write_plan(plan, course, results, screen)
-        for line in _cost_lines(plan, dispatch, estimate):
-            screen.say(line)
-        if request.dry_run:
-            note, ended = "Dry run: everything was written, nothing was launched.", None
-        elif plan.cluster.scheduler == "slurm" and not confirm():
-            note, ended = "Everything was written, nothing was launched.", None
-        else:
-            work = Work(dispatch=dispatch, launcher=launcher, screen=screen)
-            note, ended = None, measure(TrainingAgenda(plan, course), results, work)
-            screen.say(f"ended: {ended}")
+
+    def conclude(results: ResultsDirectory, ended: str | None, notes: Sequence[str]) -> report.Report:
         found = Search(plan=plan, course=course, estimate=estimate, results=results, ended=ended)
-        made = make_report(found, [note] if note else [])
+        made = make_report(found, notes)
         _write_report(plan, made)
-    except OSError as error:
-        raise LaunchError(
-            f"{error.filename or plan.directory}: cannot be written: {error.strerror}. "
-            "Make room there; what was measured is kept, and --resume goes on"
-        ) from error
-    finally:
-        results.close()
-    return made, plan.directory
+        return made
+
+    venture = Venture(
+        directory=plan.directory,
+        document=plan.document(),
+        agenda=TrainingAgenda(plan, course),
+        dispatch=dispatch,
+        cost_lines=_cost_lines(plan, dispatch, estimate),
+        resume=request.resume,
+        dry_run=request.dry_run,
+        write=lambda results: _write_plan(plan, course, results, screen),
+        conclude=conclude,
+    )
+    return conduct(venture, screen, confirm), plan.directory
 
 
 def _planned(request: SearchRequest, screen: Screen) -> Plan:
@@ -137,19 +126,7 @@ def _cost_lines(plan: Plan, dispatch: Dispatch, estimate: Estimate) -> list[str]
         f"{estimate.gpu_hours:.2g} GPU hours{budget}, and {duration(estimate.wall_s)} at most without queueing. "
         f"Timing all {estimate.grid_layouts} would take {estimate.grid_gpu_hours:.3g} GPU hours"
     )
-    lines = [cost_line]
-    if plan.cluster.scheduler == "slurm":
-        for asked in estimate.asked:
-            nodes = f"{asked.nodes} node{'s' if asked.nodes > 1 else ''} ({asked.gpus} GPUs)"
-            if dispatch.submit == "packed":
-                minutes = launch.lane_minutes(asked.minutes)
-                wanted = f"an allocation of {nodes} for up to {minutes:.0f} minutes, given back when no run needs it"
-            else:
-                minutes = math.ceil(asked.minutes) + launch.SCHEDULER_MARGIN_MINUTES
-                jobs = f"up to {asked.jobs} jobs, one for each timing," if asked.jobs > 1 else "a job"
-                wanted = f"{jobs} of {nodes}, {minutes:.0f} minutes each at the limit"
-            lines.append(f"the scheduler is asked for {wanted}")
-    return lines
+    return [cost_line, *(asked_lines(dispatch, estimate) if plan.cluster.scheduler == "slurm" else [])]
 
 
 def _write_plan(plan: Plan, course: Course, results: ResultsDirectory, screen: Screen) -> None:
