@@ -30,7 +30,7 @@ class Limits(Protocol):
 class Task:
     """A run to start of the layout `name`: `steps` steps, or the points `parts`, on `nodes` nodes.
 
-    `what` says it in words, and `why` the reason.
+    `what` says it in words, and `why` the reason. With `stops_early` a point beyond the limits ends its lengths.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Task:
     what: str
     why: str
     parts: tuple[str, ...] = ()
+    stops_early: bool = False
 
 
 class Agenda(Protocol):

@@ -323,7 +323,7 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
     return [
         (f"tp does not divide the {heads} attention heads", heads % t.tp != 0),
         (f"tp does not divide the {groups} query groups", groups % t.tp != 0),
-        *((f"tp does not divide {name} {width}", width % t.tp != 0) for name, width in _mlp_widths(shape)),
+        *((f"tp does not divide {name} {width}", width % t.tp != 0) for name, width in mlp_widths(shape)),
         (f"tp does not divide a node of {work.gpus_per_node} GPUs", work.gpus_per_node % t.tp != 0),
         (f"tp·pp·cp does not divide the {work.gpus} GPUs", work.gpus % t.gpus_per_replica != 0),
         (f"pp·vpp does not divide the {layers} layers", layers % (t.pp * t.vpp) != 0),
@@ -354,7 +354,7 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
                 f"tp leaves a rank a part of {name} {width} that no multiple of {FP8_MULTIPLE} is (fp8)",
                 (work.precision == "fp8") & (width // t.tp % FP8_MULTIPLE != 0),
             )
-            for name, width in (("hidden_size", shape.hidden_size), *_mlp_widths(shape))
+            for name, width in (("hidden_size", shape.hidden_size), *mlp_widths(shape))
         ),
         (
             f"mbs times a rank's part of the sequence is no multiple of {FP8_MULTIPLE} (fp8)",
@@ -385,7 +385,7 @@ def _rules(t: Layouts, work: Workload) -> list[tuple[str, BoolColumn]]:
     ]
 
 
-def _mlp_widths(shape: ModelShape) -> list[tuple[str, int]]:
+def mlp_widths(shape: ModelShape) -> list[tuple[str, int]]:
     """The widths of the model's MLPs by their keys."""
     widths = {
         "ffn_hidden_size": shape.ffn_hidden_size * (shape.num_expert_layers < shape.num_layers),

@@ -16,7 +16,7 @@ import click
 
 from hptool import __version__
 from hptool.candidates import Recompute, SearchSpace
-from hptool.errors import HptoolError, InputError, LaunchError
+from hptool.errors import HptoolError, InputError, LaunchError, NoFeasibleLayout
 
 #: What a shell expects of a command that a signal ended.
 _SIGNALLED = 128
@@ -48,6 +48,16 @@ class _Integers(_ListOrAuto):
         if not re.fullmatch(r"[0-9]+", word):
             raise ValueError(f"{word!r} given, allowed is auto or whole numbers such as 1,2,4")
         return [int(word)]
+
+
+class _Words(_ListOrAuto):
+    def __init__(self, allowed: Sequence[str]) -> None:
+        self._allowed = allowed
+
+    def items(self, word: str) -> Sequence[str]:
+        if word not in self._allowed:
+            raise ValueError(f"{word!r} given, allowed is auto or some of {', '.join(self._allowed)}")
+        return [word]
 
 
 class _RecomputeModes(_ListOrAuto):
@@ -191,12 +201,162 @@ def search_train_command(
     except HptoolError as error:
         _fail(error)
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        words = [word for word in sys.argv[1:] if word != "--resume"]
-        click.echo(
-            f"hptool: interrupted; --resume goes on from here: hptool {shlex.join([*words, '--resume'])}", err=True
-        )
-        sys.exit(_SIGNALLED + number)
+        _interrupted(interrupt)
+
+
+_INFERENCE_EXAMPLES = """\b
+Examples:
+  hptool search-inference --model gpt3/tiny --cluster local --workload 32:8 --batch-sizes 1,2,4
+  hptool search-inference --model gpt3/5b --cluster dgx-a100 --workload 60:20,200:200 --max-latency-ms 2000
+  hptool search-inference --settings search_config/gpt3/5b.yaml --cluster dgx-a100 --dry-run
+  hptool search-inference --model llama3/8b --cluster my.yaml --engine command --command \\
+    "python time_vllm.py --batch {batch} --input {input_len} --output {output_len} --tp {tp}"
+"""
+
+
+@main.command("search-inference", epilog=_INFERENCE_EXAMPLES)
+@click.option("--model", help="A preset such as gpt3/5b, or the path of a NeMo-Megatron YAML config.")
+@click.option("--cluster", required=True, help="A profile such as local or dgx-a100, or the path of one.")
+@click.option(
+    "--settings",
+    type=click.Path(path_type=Path),
+    help="A search config of the BigNLP HP tool, for its inference_settings; options given here come before them.",
+)
+@click.option(
+    "--workload",
+    metavar="IN:OUT[,IN:OUT]...",
+    help="Tokens of a prompt and of its answer, for each kind of request.  [default: 60:20]",
+)
+@click.option("--nodes", type=int, help="Nodes that a replica may have at most.  [default: all of the profile]")
+@click.option("--tp", type=_Integers(), default="auto", show_default=True, help="Tensor parallel sizes.")
+@click.option("--pp", type=_Integers(), default="auto", show_default=True, help="Pipeline parallel sizes.")
+@click.option("--batch-sizes", type=_Integers(), default="auto", show_default=True, help="Requests at once; 1 to 256.")
+@click.option(
+    "--precision",
+    type=_Words(("fp32", "bf16", "fp16", "fp8")),
+    default="auto",
+    show_default=True,
+    help="What GEMMs compute in; auto is the model's.",
+)
+@click.option(
+    "--cuda-graphs",
+    type=_Words(("on", "off")),
+    default="auto",
+    show_default=True,
+    help="Launch kernels as graphs; auto tries both on a GPU.",
+)
+@click.option("--max-latency-ms", type=float, help="The longest that an answer may take.")
+@click.option("--max-ttft-ms", type=float, help="The longest that its first token may take.")
+@click.option("--max-tpot-ms", type=float, help="The longest that each token after it may take.")
+@click.option(
+    "--percentile",
+    type=click.Choice(["50", "95", "99"]),
+    default="50",
+    show_default=True,
+    help="Of the requests of which the limits are to hold.",
+)
+@click.option(
+    "--objective",
+    type=click.Choice(["throughput-per-gpu", "latency", "pareto"]),
+    default="throughput-per-gpu",
+    show_default=True,
+    help="What is wanted most, within the limits.",
+)
+@click.option(
+    "--strategy",
+    default="guided",
+    show_default=True,
+    help="guided learns from each run and stops when none is expected to gain 1 %; bisect, ranked, grid.",
+)
+@click.option("--limit-search-runs", type=int, default=50, show_default=True, help="Points to measure at most.")
+@click.option("--budget-gpu-hours", type=float, help="Start no run that would cost more than this in all.")
+@click.option("--max-hours", type=float, help="End the search after this time.")
+@click.option("--max-minutes-per-run", type=float, help="A longer run, of several points, is killed.  [default: 30]")
+@click.option("--repeats", type=int, default=5, show_default=True, help="Timed passes of each point.")
+@click.option(
+    "--engine",
+    type=click.Choice(["megatron", "command"]),
+    default="megatron",
+    show_default=True,
+    help="Who answers: hptool's loop over megatron-core, or a command of yours.",
+)
+@click.option("--command", help="That command; docs/worker.md says what it prints.")
+@click.option("--checkpoint", help="A checkpoint of hptool train.  [default: random weights]")
+@click.option(
+    "--submit",
+    type=click.Choice(["separate", "array", "packed", "hyperqueue"]),
+    help="Jobs of their own, arrays, or one allocation for one run after the other.  [default: the cheaper way]",
+)
+@click.option("--parallel", type=int, help="Runs at once.  [default: 2 on Slurm, 1 locally]")
+@click.option("-y", "--yes", is_flag=True, help="Launch without asking whether the cost is right.")
+@click.option("--output-top-n", type=int, default=10, show_default=True, help="Points in the terminal table.")
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path),
+    help="Directory of this search.  [default: results/MODEL-serving-CLUSTER-NODESn]",
+)
+@click.option("--dry-run", is_flag=True, help="Rank and write everything, launch nothing.")
+@click.option("--resume", is_flag=True, help="Go on with the search in that directory; start it where there is none.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def search_inference_command(as_json: bool, yes: bool, output_top_n: int, **options: Any) -> None:  # noqa: FBT001 (click passes by name)
+    """Search for the fastest way to serve a model.
+
+    Predicts latency and memory of every layout, batch and kind of request, times the most promising as jobs, learns
+    from each, and reports the best within your limits and all that are beaten by none.
+    """
+    _terminate_like_ctrl_c()
+    try:
+        if output_top_n < 1:
+            raise InputError(f"--output-top-n: {output_top_n} given, allowed is 1 or more")
+        # Here and not above, because pandas and submitit take a second that --help should not cost.
+        from rich.console import Console  # noqa: PLC0415
+
+        from hptool import serving_report, serving_search, watch  # noqa: PLC0415
+        from hptool.serving_settings import request_of  # noqa: PLC0415
+
+        request, remarks = request_of(options)
+        for remark in remarks:
+            _say(remark)
+        asks = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+        with watch.screen(Console(stderr=True, highlight=False), _say) as screen:
+            made, directory = serving_search.search_inference(
+                request, screen, lambda: not asks or screen.confirm("Launch?")
+            )
+        _print_serving(made, directory, output_top_n, as_json=as_json)
+        if not as_json and request.dry_run:
+            for script in serving_search.scripts(directory)[:1]:
+                click.echo(f"the job of the first of them, {script}:\n\n{script.read_text(encoding='utf-8')}")
+        if made.spent.ended is not None:
+            why = serving_report.why_nothing(made)
+            if why is not None and not any(row.served for row in made.rows):
+                raise LaunchError(f"{why} See {directory / 'report.html'}")
+            if why is not None:
+                raise NoFeasibleLayout(f"{why} See {directory / 'report.html'}")
+    except HptoolError as error:
+        _fail(error)
+    except KeyboardInterrupt as interrupt:
+        _interrupted(interrupt)
+
+
+def _print_serving(made: Any, directory: Path, top: int, *, as_json: bool) -> None:
+    from rich.console import Console  # noqa: PLC0415 (because --help should not wait for them)
+
+    from hptool import serving_report  # noqa: PLC0415
+
+    if as_json:
+        click.echo(json.dumps(serving_report.as_json(made, directory), indent=2))
+    else:
+        serving_report.print_table(made, Console(highlight=False), top)
+        click.echo(f"report: {directory / 'report.html'}")
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> NoReturn:
+    """Ends a search that somebody ended, with how to go on."""
+    number = interrupt.args[0] if interrupt.args else signal.SIGINT
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    click.echo(f"hptool: interrupted; --resume goes on from here: hptool {shlex.join([*words, '--resume'])}", err=True)
+    sys.exit(_SIGNALLED + number)
 
 
 _PREDICT_EXAMPLES = """\b
@@ -244,8 +404,12 @@ def report_command(results: Path, output_top_n: int, as_json: bool) -> None:  # 
     try:
         from rich.console import Console  # noqa: PLC0415 (because --help should not wait for them)
 
-        from hptool import report, search  # noqa: PLC0415
+        from hptool import report, search, serving_search  # noqa: PLC0415
+        from hptool.results import ResultsDirectory  # noqa: PLC0415
 
+        if ResultsDirectory(results).kind() == "serving":
+            found = serving_search.read_serving_report(results.absolute())
+            return _print_serving(found, results.absolute(), output_top_n, as_json=as_json)
         made = search.read_report(results.absolute())
         if as_json:
             click.echo(json.dumps(report.as_json(made, results.absolute()), indent=2))

@@ -111,11 +111,11 @@ class Plan:
             },
             "asked": asked,
             "slurm": {name: getattr(self.cluster.slurm, name) for name in ("job_overhead_s", "array_parallelism")},
-            "versions": {"hptool": __version__, "revision": _revision(), "python": platform.python_version()},
+            "versions": {"hptool": __version__, "revision": revision(), "python": platform.python_version()},
         }
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The commit of a checkout, for those who want to repeat a search; None for an installed package."""
     package = Path(__file__).parent
     if not (package.parent / ".git").exists():
@@ -195,8 +195,13 @@ def read_plan(directory: Path) -> Plan:
         request: SearchRequest = files.parse_json(text, SearchRequest, f"{path}: asked")
         framework = files.read_framework(search["framework"])
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: is not the plan of a search of this version ({error!r})") from error
+        raise not_a_plan(path, error) from error
     return _plan(replace(request, space=space, results=directory), cluster, config, framework)
+
+
+def not_a_plan(path: Path, error: Exception) -> InputError:
+    """What is said of a plan that cannot be read."""
+    return InputError(f"{path}: is not the plan of a search of this version ({error!r})")
 
 
 def _plan(request: SearchRequest, cluster: Cluster, config: BaseConfig, framework: Framework) -> Plan:

@@ -135,6 +135,14 @@ class ResultsDirectory:
         """A search was begun in the directory."""
         return self._plan.is_file()
 
+    def kind(self) -> str:
+        """What the search in the directory is for: "training" or "serving"; InputError where there is none."""
+        if not self.is_there():
+            raise InputError(f"{self.path}: holds no search (there is no plan.json)")
+        plan = files.read_yaml(self._plan)  # JSON is YAML
+        search = plan.get("search") if isinstance(plan, Mapping) else None
+        return str(search.get("kind", "training")) if isinstance(search, Mapping) else "training"
+
     def is_held(self) -> bool:
         """Some process works in the directory, this one or another."""
         if self._held is not None:

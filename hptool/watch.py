@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hptool.errors import InputError
+from hptool.measurement import ServedPoint
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
-from hptool.units import MINUTES_PER_HOUR, SECONDS_PER_MINUTE
+from hptool.units import MILLI, MINUTES_PER_HOUR, SECONDS_PER_MINUTE
 
 #: What a search does while it has runs under way, and after somebody ended it.
 MEASURING = "measuring"
@@ -71,6 +72,8 @@ class Snapshot:
     best_step_time_s: float | None
     best_predicted_step_time_s: float | None
     best_model_tflops_per_gpu: float | None
+    #: A search for the fastest way to serve: steps are points, and a step's time is the latency of a point.
+    serves: bool = False
 
 
 def snapshot(
@@ -91,7 +94,8 @@ def snapshot(
         # The scheduler has forgotten a run of which the search says nothing, though it knows of a later one.
         is_forgotten = word is None and i < max(known, default=0)
         lines.append(_line(results, submission, record, word, is_gone=is_forgotten or not at_work))
-    best = _best(outcomes.values())
+    serves = any(submission.parts for submission in submissions.values())
+    best = _fastest_service(outcomes.values()) if serves else _best(outcomes.values())
     found = best.measurement if best else None
     return Snapshot(
         doing=status.doing,
@@ -99,11 +103,12 @@ def snapshot(
         gpu_hours=max(status.gpu_hours, sum(record.gpu_hours for record in outcomes.values())),
         lines=tuple(lines),
         best=best.name if best else None,
-        best_step_time_s=found.step_time_s if found else None,
+        best_step_time_s=_step_time_s(best) if best else None,
         best_predicted_step_time_s=submissions[best.run].predicted_step_time_s
         if best and best.run in submissions
         else None,
         best_model_tflops_per_gpu=found.model_tflops_per_gpu if found else None,
+        serves=serves,
     )
 
 
@@ -120,10 +125,48 @@ def _best(records: Iterable[OutcomeRecord]) -> OutcomeRecord | None:
     return max(compared, key=lambda r: r.measurement.tokens_per_s_per_gpu if r.measurement else 0.0, default=None)
 
 
+def _best_point(record: OutcomeRecord) -> ServedPoint | None:
+    """Of the points of a run the one with the highest rate."""
+    points = record.serving.points if record.serving else ()
+    return max(points, key=lambda point: point.tokens_per_s_per_gpu, default=None)
+
+
+def _fastest_service(records: Iterable[OutcomeRecord]) -> OutcomeRecord | None:
+    """The run with the highest rate for each GPU, whatever its latency."""
+    rates = {
+        i: (point.tokens_per_s_per_gpu, record) for i, record in enumerate(records) if (point := _best_point(record))
+    }
+    return max(rates.values(), key=lambda rate: rate[0], default=(0.0, None))[1]
+
+
+def _step_time_s(record: OutcomeRecord) -> float | None:
+    """Of a step, or the latency of the point with the highest rate."""
+    if record.measurement:
+        return record.measurement.step_time_s
+    point = _best_point(record)
+    return point.latency_ms.p50 * MILLI if point else None
+
+
+def _spread(record: OutcomeRecord) -> float | None:
+    """Half the interval of that time, as a fraction of it."""
+    if (measured := record.measurement) is not None:
+        return (measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s
+    point = _best_point(record)
+    return (point.latency_high_ms - point.latency_low_ms) / 2 / point.latency_ms.p50 if point else None
+
+
+def _tokens_per_s(record: OutcomeRecord) -> float | None:
+    """Of all GPUs of the run."""
+    if (measured := record.measurement) is not None:
+        return measured.tokens_per_s_per_gpu * measured.gpus
+    point = _best_point(record)
+    return point.tokens_per_s if point else None
+
+
 def _line(
     results: ResultsDirectory, submission: Submission, record: OutcomeRecord | None, word: str | None, *, is_gone: bool
 ) -> Line:
-    measured = record.measurement if record else None
+    measured = record if record and not record.failure else None
     told = results.read_progress(submission.run) if record is None else None
     if measured:
         state, detail = RunState.DONE, ""
@@ -142,16 +185,19 @@ def _line(
         state=state,
         detail=detail,
         nodes=submission.nodes,
-        step=submission.steps if measured else (told.step if told else 0),
+        step=_done(measured, submission) if measured else (told.step if told else 0),
         of=submission.steps,
-        tokens_per_s=measured.tokens_per_s_per_gpu * measured.gpus
-        if measured
-        else (told.tokens_per_s if told else None),
+        tokens_per_s=_tokens_per_s(measured) if measured else (told.tokens_per_s if told else None),
         predicted_step_time_s=submission.predicted_step_time_s,
-        step_time_s=measured.step_time_s if measured else None,
-        spread=(measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s if measured else None,
+        step_time_s=_step_time_s(measured) if measured else None,
+        spread=_spread(measured) if measured else None,
         gpu_hours=record.gpu_hours if record else 0.0,
     )
+
+
+def _done(record: OutcomeRecord, submission: Submission) -> int:
+    """Steps that were made, or points that were measured."""
+    return len(record.serving.points) if record.serving else submission.steps
 
 
 def _left_behind(results: ResultsDirectory, run: str, *, is_known: bool) -> str:
@@ -216,8 +262,9 @@ def summary(now: Snapshot) -> str:
         parts.insert(1, f"{duration(now.elapsed_s)} elapsed")
     if now.best is not None and now.best_step_time_s is not None:
         predicted = now.best_predicted_step_time_s
-        beside = f", {predicted:.4g} s predicted" if predicted else ""
-        parts.append(f"best {_short(now.best)}: {now.best_step_time_s:.4g} s a step{beside}")
+        beside = f", {predicted:.4g} s predicted" if predicted and not now.serves else ""
+        what = "for its batch, at the highest rate" if now.serves else "a step"
+        parts.append(f"best {_short(now.best)}: {now.best_step_time_s:.4g} s {what}{beside}")
     return "; ".join(parts)
 
 
@@ -234,7 +281,8 @@ def table(now: Snapshot, most_lines: int | None = None) -> RenderableType:
     made = Table(box=None, pad_edge=False)
     made.add_column("run")
     made.add_column("")
-    for heading in ("nodes", "steps", "tokens/s", "step s", "±", "pred. s"):
+    of = ("points", "tokens/s", "best s") if now.serves else ("steps", "tokens/s", "step s")
+    for heading in ("nodes", *of, "±", "pred. s"):
         made.add_column(heading, justify="right", no_wrap=True)
     count = len(now.lines) if most_lines is None else most_lines
     by_news = sorted(range(len(now.lines)), key=lambda i: (now.lines[i].state in _OPEN, i))
