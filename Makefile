@@ -1,4 +1,5 @@
 # make demo   set up, then a real search on this machine without a GPU
+# make demo-inference   as demo, for serving
 # make test   set up, then all tests (installs and starts a development Slurm; needs root for that)
 # make gpu    measure on one real GPU within ten minutes; docs/gpu.md
 SHELL := /bin/bash
@@ -6,18 +7,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_RESULTS ?= results/demo
+INFERENCE_RESULTS ?= results/demo-inference
 GPU_PYTHON ?= $(BIN)/python
 GPU_RESULTS ?= results/gpu
 GPU_OPTIONS ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 
-.PHONY: demo test gpu browser lint format slurm-up slurm-down clean
+.PHONY: demo demo-inference test gpu browser lint format slurm-up slurm-down clean
 
 demo: $(VENV)/.worker
 	@echo "make demo: finding the fastest of 6 layouts of a tiny GPT-3 on two processes; about a minute"
 	$(BIN)/hptool search-train --model gpt3/tiny --cluster local --results $(DEMO_RESULTS) --resume \
 	  --tp 1,2 --pp 1,2 --vpp 1 --cp 1 --mbs 1,2 --recompute none \
 	  --limit-search-runs 6 --max-steps-per-run 20 --max-minutes-per-run 2
+
+demo-inference: $(VENV)/.worker
+	@echo "make demo-inference: finding the fastest way to serve a tiny GPT-3 on up to two processes; about a minute"
+	$(BIN)/hptool search-inference --model gpt3/tiny --cluster local --results $(INFERENCE_RESULTS) --resume \
+	  --workload 32:16,128:16 --tp 1,2 --pp 1,2 --batch-sizes 1,2,4,8,16 --max-ttft-ms 150
 
 test: $(VENV)/.dev browser
 	@echo "make test: unit, numerics, local and Slurm tests; about 25 minutes on two cores"

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from hptool.course import Wait
 from hptool.facts import Cluster
 from hptool.results import OutcomeRecord, Submission
-from hptool.strategy import Stop
+from hptool.strategy import Stop, Wait
 
 
 class Limits(Protocol):

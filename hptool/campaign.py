@@ -12,13 +12,12 @@ from types import FrameType
 from hptool import launch
 from hptool.agenda import Agenda, Task
 from hptool.cost import Dispatch
-from hptool.course import Wait
 from hptool.errors import BusyError, LaunchError
 from hptool.facts import Cluster
 from hptool.measurement import AnyOutcome, Failure, FailureKind, Measurement, ServingMeasurement
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
 from hptool.secrets import redact
-from hptool.strategy import Stop
+from hptool.strategy import Stop, Wait
 from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
 from hptool.watch import INTERRUPTED, MEASURING, Screen, Snapshot, duration, snapshot
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from hptool.candidates import BoolColumn, IntColumn
-from hptool.strategy import Ending, Landscape, Outlook, Stop, Strategy, Trial, outlook
+from hptool.strategy import Ending, Landscape, Outlook, Stop, Strategy, Trial, Wait, outlook
 
 #: Steps of the timings before the longest one. Ten layouts staged as 5, 20 and 50 steps cost half the steps of 50 each
 #: and find the same winner (replayed on published grids); eight leave four after a warm-up of half.
@@ -62,11 +62,6 @@ class Order:
     steps: int
     nodes: int
     why: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wait:
-    """Nothing to start before a run under way has ended."""
 
 
 def stages(max_steps: int) -> tuple[int, ...]:

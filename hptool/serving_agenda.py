@@ -5,14 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from hptool import files, serving_strategy
 from hptool.agenda import Task
-from hptool.course import Wait
 from hptool.facts import Cluster
 from hptool.measurement import FailureKind, Percentiles, ServedPoint
 from hptool.results import SERVING, OutcomeRecord, Submission
 from hptool.serving import ServingPoint, Targets
 from hptool.serving_plan import ServingPlan, ServingRequest
 from hptool.serving_strategy import ServedTrial, Sitting
-from hptool.strategy import Ending, Stop
+from hptool.strategy import Ending, Stop, Wait
 from hptool.units import MILLI
 
 #: How often points are tried again whose run was lost through no fault of theirs, or had no time for them.
@@ -131,7 +130,9 @@ class ServingAgenda:
             limit = self.plan.request.limit_search_runs
             return Wait() if flying else Stop(why=f"{limit} points were measured, which is the limit")
         step = self._strategy.next([*trials, *flying])
-        return self.task(step, room) if isinstance(step, Sitting) else step
+        if isinstance(step, Sitting):
+            return self.task(step, room)
+        return step if isinstance(step, Stop) else Wait()  # a strategy has its own word for it
 
     def task(self, sitting: Sitting, room: int | None = None) -> Task:
         """A sitting as a run; of its points the first `room`."""

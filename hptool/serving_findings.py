@@ -66,7 +66,8 @@ def make_serving_report(search: ServingSearch, notes: Sequence[str] = ()) -> Ser
     trials = trials_of(plan, rows, records)
     tried = _tried(rows, records)
     left_out = _each_from_the_others(plan, trials)
-    stands = standing(plan.landscape, trials)
+    place = {lengths: i for i, lengths in enumerate(plan.request.workload)}  # as they were asked for
+    stands = sorted(standing(plan.landscape, trials), key=lambda one: place[one.lengths])
     pareto = {row for one in stands for row in one.pareto}
     within = {row for one in stands for row in one.ranking[: one.within]}
     measured = [row for one in stands for row in one.ranking if row in tried]

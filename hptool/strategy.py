@@ -71,6 +71,11 @@ class Proposal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Wait:
+    """Nothing to start before a run under way has ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Nothing is worth another run."""
 

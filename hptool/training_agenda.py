@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from hptool import cost, files
 from hptool.agenda import Task
-from hptool.course import Course, Order, Timing, Wait, next_order
+from hptool.course import Course, Order, Timing, next_order
 from hptool.facts import Cluster
 from hptool.measurement import FailureKind
 from hptool.plan import Plan, SearchRequest
 from hptool.results import OutcomeRecord, Submission
-from hptool.strategy import Ending, Stop
+from hptool.strategy import Ending, Stop, Wait
 from hptool.timed_runs import timed_run
 
 #: A run that was not steady when it ended is known to this, whatever its interval says.

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from hptool import strategy
 from hptool.candidates import Recompute, SearchSpace
-from hptool.course import RIVALS, Course, Order, Timing, Wait, next_order, stages, standing
+from hptool.course import RIVALS, Course, Order, Timing, next_order, stages, standing
 from hptool.plan import SearchRequest, make_plan
-from hptool.strategy import Ending, InOrder, Proposal, Stop, Strategy, Trial
+from hptool.strategy import Ending, InOrder, Proposal, Stop, Strategy, Trial, Wait
 
 SPACE = SearchSpace(tp=(1, 2), pp=(1, 2, 4), vpp=(1,), mbs=(1, 2), recompute=((Recompute.NONE, None),))
 #: Layouts of a real model on 16 nodes, in an order that the tests know.
