@@ -1,6 +1,5 @@
-"""The one picture that `hptool recommend` draws: a fitted scaling law with its runs and residuals. Needs matplotlib."""
+"""The one picture that `hptool recommend` draws: a fitted scaling law with its runs and residuals."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,6 @@ def refuse_plot(path: Path) -> None:
         raise InputError(f"--plot: {path} given, allowed is a file ending in {', '.join(_FORMATS)}")
     if path.exists() and not path.is_file():
         raise InputError(f"--plot: {path}: is there, and no plain file")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot: needs matplotlib: pip install 'hptool[plot]'")
 
 
 def save_fit(path: Path, fit: Fit, compute: float | None) -> None:

@@ -1,8 +1,8 @@
 """Outcomes and predictions as what people read: a terminal table, an HTML page, a CSV, and the winning config."""
 
 import dataclasses
-import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.table import Table
 from hptool import __version__, files
 from hptool.candidates import Layout, Rejection
 from hptool.facts import Cluster
-from hptool.measurement import Failure, Measurement
+from hptool.measurement import Failure, FailureKind, Measurement, ServingMeasurement
 from hptool.predict import Predictions
 from hptool.predict.flops import MODEL_FLOPS_CONVENTION
 
@@ -180,12 +180,36 @@ def why_nothing_ran(report: Report) -> str | None:
         return None
     if not report.rows:
         return "No layout was run; the ranking is by predicted throughput times the chance of fitting."
-    kinds: dict[str, int] = {}
-    for row in report.failed:
-        assert row.failure  # noqa: S101 (what `failed` means)
-        kinds[row.failure.kind.value] = kinds.get(row.failure.kind.value, 0) + 1
-    counted = ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))
-    return f"All {len(report.rows)} runs failed: {counted}."
+    return f"All {len(report.rows)} runs failed: {count_kinds(row.failure.kind for row in report.rows if row.failure)}."
+
+
+# ---------------------------------------------------------------- words of both kinds of search
+
+
+def count_kinds(kinds: Iterable[FailureKind]) -> str:
+    """`1 × hang, 2 × oom`."""
+    return ", ".join(f"{count} × {kind}" for kind, count in sorted(Counter(kind.value for kind in kinds).items()))
+
+
+def cost_words(spent: Spent, grid: str | None) -> str:
+    """What a search cost, and what `grid` (`timing all 4 layouts once`) would have, where there is more of it."""
+    runs = f"{spent.gpu_hours:.3g} GPU hours in {spent.runs} run{'s' if spent.runs != 1 else ''}"
+    return runs if grid is None else f"{runs}; {grid} would have taken {spent.grid_gpu_hours:.3g}"
+
+
+def rejection_lines(rejections: Sequence[Rejection]) -> list[str]:
+    """Reasons for which layouts could not start, with their counts."""
+    return [f"  {rejection.count:>6} {rejection.reason}" for rejection in rejections]
+
+
+def figure(value: float) -> str:
+    """Four digits, or all before the point: 0.01234, 98.76, 12,346."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"  # noqa: PLR2004 (four digits)
+
+
+def device_memory_gib(cluster: Cluster, measurement: Measurement | ServingMeasurement) -> float:
+    """All that there is for a rank: of the device it ran on, or where that is unknown by the cluster's facts."""
+    return measurement.device_memory_gib or cluster.gpu.memory_gib
 
 
 # ---------------------------------------------------------------- tables
@@ -245,15 +269,10 @@ def table_rows(report: Report) -> list[dict[str, Any]]:
     return found
 
 
-def _device_memory_gib(report: Report, measurement: Measurement) -> float:
-    """All that there is for a rank: of the device it ran on, or where that is unknown by the cluster's facts."""
-    return measurement.device_memory_gib or report.cluster.gpu.memory_gib
-
-
 def _headroom_gib(report: Report, measurement: Measurement) -> float:
     """What the fullest rank left of it."""
     used = measurement.peak_memory_gib if measurement.device_used_gib is None else measurement.device_used_gib
-    return _device_memory_gib(report, measurement) - used
+    return device_memory_gib(report.cluster, measurement) - used
 
 
 def predictions_csv(predictions: Predictions) -> str:
@@ -277,9 +296,8 @@ def write(report: Report, directory: Path) -> None:
 
 def html(report: Report) -> str:
     """A self-contained page."""
-    template = importlib.resources.files("hptool").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    return page(
+        "report.html.j2",
         report=report,
         rows=table_rows(report),
         nothing=why_nothing_ran(report),
@@ -287,8 +305,15 @@ def html(report: Report) -> str:
         convention=MODEL_FLOPS_CONVENTION,
         memory_kinds=" or ".join(sorted({row.measurement.memory_kind for row in report.measured if row.measurement})),
         usual_band=USUAL_BAND,
-        version=__version__,
     )
+
+
+def page(template: str, **values: Any) -> str:
+    """A self-contained page from one of the templates; whatever comes from outside is escaped."""
+    loader = jinja2.PackageLoader("hptool")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["figure"] = figure
+    return environment.get_template(template).render(version=__version__, **values)
 
 
 def print_table(report: Report, console: Console, top: int) -> None:
@@ -333,8 +358,8 @@ def _print_below(report: Report, console: Console) -> None:
     fitting = report.predictions.likely_to_fit
     end = "could not:" if rejected else "could not."
     say(f"{report.candidates} layouts could start ({fitting} of them expected to fit into memory), {rejected} {end}")
-    for rejection in report.rejections:
-        say(f"  {rejection.count:>6} {rejection.reason}")
+    for line in rejection_lines(report.rejections):
+        say(line)
     for note in report.notes:
         say(f"note: {note}")
     if nothing := why_nothing_ran(report):
@@ -371,10 +396,8 @@ def answer_lines(report: Report) -> list[str]:
             f"days:   {training.days:.3g} ±{_SURE * (training.days_error or 0):.1%} for {training.steps:,} steps; "
             f"{training.predicted_days:.3g} predicted for the best layout before the search"
         )
-    grid = ""
-    if len(report.rows) < spent.grid_layouts:
-        grid = f"; timing all {spent.grid_layouts} layouts once would have taken {spent.grid_gpu_hours:.3g}"
-    lines.append(f"cost:   {spent.gpu_hours:.3g} GPU hours in {spent.runs} run{'s' if spent.runs != 1 else ''}{grid}")
+    grid = f"timing all {spent.grid_layouts} layouts once" if len(report.rows) < spent.grid_layouts else None
+    lines.append(f"cost:   {cost_words(spent, grid)}")
     return lines
 
 
@@ -385,7 +408,7 @@ def _memory_words(report: Report, m: Measurement) -> str:
         parts.append(f"{m.max_reserved_gib:.2f} reserved")
     if m.device_used_gib is not None:
         parts.append(f"{m.device_used_gib:.2f} taken of the device")
-    whole, left = _device_memory_gib(report, m), _headroom_gib(report, m)
+    whole, left = device_memory_gib(report.cluster, m), _headroom_gib(report, m)
     band = f" ({USUAL_BAND})" if m.device_used_gib is not None else ""
     return f"{', '.join(parts)}; {left:.2f} of {whole:.4g} GiB free, {1 - left / whole:.0%} used{band}"
 

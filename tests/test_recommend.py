@@ -1,7 +1,6 @@
 """`hptool recommend`: what fits a budget, both directions, compute-optimal sizes, and one line for each mistake."""
 
 import csv
-import importlib.util
 import json
 import math
 import sys
@@ -401,14 +400,6 @@ def test_a_plot_is_saved_where_asked(own_runs: Path, tmp_path: Path) -> None:
         assert f"written: {path}" in ask("--runs", own_runs, "--plot", path).output
         assert path.read_bytes().startswith(start)
     assert {p.name for p in tmp_path.iterdir()} == {"fit.png", "fit.svg", "fit.pdf", "runs.csv"}
-
-
-def test_without_matplotlib_the_extra_is_named(own_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
-    result = hptool("recommend", "--runs", own_runs, "--plot", own_runs.parent / "fit.png")
-    assert result.exit_code == 2
-    assert "--plot: needs matplotlib: pip install 'hptool[plot]'" in result.stderr
 
 
 # ---------------------------------------------------------------- mistakes
