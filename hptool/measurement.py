@@ -159,7 +159,8 @@ class ServingMeasurement:
 
     `engine` is the engine that really ran, `cuda_graphs` whether it launched graphs. `kernels`, `versions` and
     `memory_kind` are as in `Measurement`; `skipped` are points that were not tried, because a smaller batch had left
-    the limits already or was out of memory.
+    the limits already or was out of memory. What was ordered and is in none of the three was not reached: the run's
+    time was over before, or a rank had died.
     """
 
     points: tuple[ServedPoint, ...]

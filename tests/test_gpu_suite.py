@@ -17,12 +17,12 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 
-from hptool import files, forecast, replay, tables
-from hptool.measurement import FailureKind
+from hptool import files, forecast, replay, serving_tables, tables
+from hptool.measurement import Failure, FailureKind, Percentiles, PointFailure, ServedPoint, ServingMeasurement
 from hptool.predict import Predictions
 from hptool.results import OutcomeRecord
 from tests import samples
-from tests.benchmarks import gpu_gaps, gpu_speed
+from tests.benchmarks import gpu_gaps, gpu_serving, gpu_speed
 from tests.conftest import ROOT
 from tests.gpu import __main__ as suite
 from tests.gpu import collect, device, landscapes, numerics, runs, score, stages, summary
@@ -64,11 +64,14 @@ def test_the_whole_suite_in_its_small_mode_and_again_elsewhere(tmp_path: Path) -
     assert figures["gpt-tiny: layouts measured"]["measured"] == "2 of 2"
     assert all(figures[what]["measured"] for what in ("gpt-tiny: tokens/s to plain PyTorch", "llama-tiny: of the peak"))
     assert figures["gpt-tiny: idle"]["measured"]
+    assert figures["gpt-tiny: points measured"]["measured"] == "2 of 2"
     assert first.stdout.rstrip().endswith((keep / "summary.txt").read_text().rstrip())
 
     (table,) = keep.glob("measured-*.csv")
     frame = tables.read_table(table, required=("grid_id", *tables.REQUIRED))
     assert list(frame["outcome"]) == ["ok", "ok"]
+    (points,) = keep.glob("serving-*.csv")
+    assert list(tables.read_table(points, required=serving_tables.REQUIRED)["batch"]) == [1, 2]
     assert len(forecast.forecast(frame).row) == 2
     (grid,) = replay.replay(frame, "adaptive").grids
     assert grid.rows == 2
@@ -194,7 +197,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(
     ran = faked({})
     before = {"numerics": "done", "speed": "failed", "gaps": "unfinished", "calibrate": "done"}
     made(tmp_path, before=before).run([stage.name for stage in STAGES])
-    assert ran == ["speed", "gaps", "landscapes"]
+    assert ran == ["speed", "gaps", "serving", "landscapes"]
 
 
 def test_without_time_a_stage_is_not_begun_and_that_is_said(
@@ -481,6 +484,94 @@ def test_a_landscape_is_searched_whole() -> None:
     assert len(plan_of(LARGE, device.one_gpu(H100)).candidates.layouts) == 42
 
 
+# ---------------------------------------------------------------- serving
+
+
+def served(latency_ms: float, *, graphs: bool, **changes: Any) -> ServingMeasurement:
+    """What a run of the worker's measured: one point, one out of memory, and those beyond it."""
+    times = Percentiles(p50=latency_ms, p95=latency_ms, p99=latency_ms)
+    point = ServedPoint(
+        batch=1,
+        input_len=60,
+        output_len=20,
+        repeats=6,
+        warmups=1,
+        ttft_ms=times,
+        tpot_ms=times,
+        latency_ms=times,
+        latency_low_ms=latency_ms,
+        latency_high_ms=latency_ms,
+        tokens_per_s=20_000 / latency_ms,
+        tokens_per_s_per_gpu=20_000 / latency_ms,
+        tokens_per_s_per_user=20_000 / latency_ms,
+        peak_memory_gib=2.0,
+    )
+    fields: dict[str, Any] = {
+        "points": (point,),
+        "failures": (PointFailure(name="60:20/8", kind=FailureKind.OOM, message="no room"),),
+        "skipped": ("60:20/64", "512:64/1", "512:64/8", "512:64/64"),
+        "engine": "megatron-core static, hptool's loop",
+        "cuda_graphs": graphs,
+        "gpus": 1,
+        "startup_s": 3.0,
+        "memory_kind": "max allocated",
+        "num_parameters": 1,
+        "device": "NVIDIA H100 80GB HBM3",
+        "precision": "bf16",
+    }
+    return ServingMeasurement(**(fields | changes))
+
+
+def test_what_was_served_is_a_table_that_hptool_reads(tmp_path: Path) -> None:
+    orders = gpu_serving.orders_of(graphs=True, tiny=False)
+    findings = {
+        "gpt3-126m eager": gpu_serving.finding_of(served(100.0, graphs=False), orders),
+        "gpt3-126m graphs": gpu_serving.finding_of(served(20.0, graphs=True), orders),
+    }
+    assert {found["outcome"] for found in findings.values()} == {"ok"}
+    (small, *_) = gpu_serving.MODELS
+    assert gpu_serving.speedup(findings, small) == pytest.approx(5)
+    assert gpu_serving.told(findings, [small]) == {"gpt3-126m": (2, 12)}
+    record = Record(tmp_path)
+    for key, found in findings.items():
+        record.find(key, found)
+    gpu_serving._tabulate(Given(output=tmp_path, device=H100, clock=Clock(seconds=1), tiny=False), record)
+    path = gpu_serving.table_of(tmp_path)
+    assert path is not None
+    rows = serving_tables.resolve(tables.read_table(path, required=serving_tables.REQUIRED))
+    assert list(rows.rejection) == [""] * 4
+    assert list(rows.points.batch) == [1, 8, 1, 8]
+    assert list(rows.points.cuda_graphs) == [False, False, True, True]
+    assert {scenario.engine.name for scenario in rows.scenarios} == {"hptool-worker"}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind", "message"),
+    [
+        (Failure(kind=FailureKind.CRASH, message="no kernel"), "crash", "no kernel"),
+        (served(1.0, graphs=True, skipped=()), "timeout", ""),
+        (
+            served(1.0, graphs=True, failures=(PointFailure(name="60:20/8", kind=FailureKind.HANG, message="stuck"),)),
+            "hang",
+            "60:20/8: hang: stuck",
+        ),
+    ],
+)
+def test_a_serving_run_that_is_not_whole_is_told(
+    outcome: ServingMeasurement | Failure, kind: str, message: str
+) -> None:
+    found = gpu_serving.finding_of(outcome, gpu_serving.orders_of(graphs=True, tiny=False))
+    assert (found["outcome"], found["message"]) == (kind, message)
+
+
+def test_without_graphs_there_is_no_speedup_to_tell() -> None:
+    orders = gpu_serving.orders_of(graphs=True, tiny=False)
+    eager = gpu_serving.finding_of(served(100.0, graphs=False), orders)
+    small = gpu_serving.MODELS[0]
+    assert gpu_serving.speedup({"gpt3-126m eager": eager}, small) is None
+    assert gpu_serving.speedup({"gpt3-126m eager": eager, "gpt3-126m graphs": eager}, small) is None
+
+
 # ---------------------------------------------------------------- speed, gaps, summary
 
 
@@ -559,6 +650,7 @@ def test_the_summary_fits_and_says_what_is_met(scores: list[Score]) -> None:
         "speed": speed_findings(),
         "gaps": {"gpt2-124m": gap},
         "calibrate": {"outcome": "ok"},
+        "serving": {"gpt3-1.3b eager": {"asked": 6, "points": [{}] * 6}},
         "landscapes": {model.name: {"layouts": 42, "measured": 42} for model in MODELS},
     }
     found = summary.verdicts(findings, scores, tiny=False)
@@ -569,6 +661,8 @@ def test_the_summary_fits_and_says_what_is_met(scores: list[Score]) -> None:
     assert by_what["gpt3-1.3b: of the peak"].met is True
     assert by_what["gpt3-2.7b: of the peak"].met is None
     assert by_what["gpt2-124m: idle"].met is False
+    assert by_what["gpt3-1.3b: points measured"].measured == "6 of 6"
+    assert by_what["gpt3-1.3b: eager to CUDA graphs"].met is None
     reports = [
         summary.StageReport(
             name=stage.name,

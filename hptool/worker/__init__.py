@@ -16,6 +16,13 @@ journal        what it writes down: every step, every evaluation, TensorBoard's 
 evaluate       validation loss, scores of endings, samples of text, for every layout
 hellaswag      questions with endings to choose from
 text           tokenizers, and texts as tokens
+serving        one rank of a run that serves: its points, one after the other
+serving_command  the same by a command of the user's, without ranks
+served         what such a run has done so far, on disk
+generation     tokens from a model that is cut over ranks
+cached_attention  its attention to keys and values that are kept
+decoding_graphs  its passes for one token as CUDA graphs
+weights        its weights, from a checkpoint
 training       the loop and its clock
 optimizer      data parallelism, Adam and the learning rate
 model          a BaseConfig as Megatron's config and model

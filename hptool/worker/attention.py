@@ -24,6 +24,14 @@ class AlibiBias:
         own = num_heads // group.size()
         self._slopes = alibi_slopes(num_heads)[group.rank() * own : (group.rank() + 1) * own]
         self._bias: torch.Tensor | None = None
+        self._column: torch.Tensor | None = None
+
+    def look_back(self, places: int, place: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """[heads, places] for a query at `place` [1] of its sequence: as a row of `__call__`, of the type of `like`."""
+        if self._column is None or self._column.device != like.device:
+            self._column = torch.tensor(self._slopes, device=like.device)[:, None]
+        distance = place - torch.arange(places, device=like.device)
+        return (-self._column * distance).masked_fill(distance < 0, -math.inf).to(like.dtype)
 
     def __call__(self, query: torch.Tensor) -> torch.Tensor:
         """[1, heads, s, s] for queries [b, heads, s, d]: minus slope · distance, and no look ahead."""
@@ -111,13 +119,33 @@ class SdpaAttention(torch.nn.Module):
         assert attention_bias is None and packed_seq_params is None  # noqa: PT018, S101 (ours)
         del attn_mask_type
         if self._context_size == 1:
-            value = value.contiguous() if self._copies_values else value
+            value = value.contiguous() if self._copies_values and self.training else value
             context = self._attend(query, key, value, attention_mask)
         else:
             assert attention_mask is None  # noqa: S101 (as above)
             exchange = self._attend_to_whole if self._exchanges_heads else self._attend_to_gathered
             context = exchange(query, key, value)
         return context.reshape(context.size(0), context.size(1), -1)
+
+    def look_back(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, place: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One query [1, b, heads, d] to keys and values [s, b, groups, d] that were kept: [1, b, heads·d].
+
+        It is the last of its sequence, or at `place` [1] of it, a number on the device behind which it must not look.
+        """
+        places, batch, groups, channels = key.shape
+        # The heads of a group look at the same keys: as so many queries of one head they read them once.
+        query = query.reshape(batch, groups, -1, channels)
+        key, value = (x.permute(1, 2, 0, 3) for x in (key, value))
+        bias: torch.Tensor | None = None
+        if self._alibi is not None:
+            at = torch.full((1,), places - 1, device=query.device) if place is None else place
+            bias = self._alibi.look_back(places, at, query).view(1, groups, -1, places)
+        elif place is not None:
+            bias = (torch.arange(places, device=query.device) <= place).view(1, 1, 1, places)
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self._scale)
+        return found.flatten(1)[None]
 
     def _attend_to_whole(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         group = self._context_group

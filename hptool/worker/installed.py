@@ -10,6 +10,9 @@ COMPILER_VARIABLE = "HPTOOL_COMPILE"
 
 TRANSFORMER_ENGINE = "transformer_engine"
 
+#: What Megatron-core's dynamic engine cannot do without: its attention asks for version 2.7.3 or newer.
+FLASH_ATTENTION = "flash_attn"
+
 
 def is_installed(package: str) -> bool:
     """It can be imported, as far as one can say without doing so."""

@@ -9,6 +9,7 @@ computes again what is cheaper to compute than to keep. With more, it is each of
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from hptool.base_config import BaseConfig
 from hptool.worker import cpu
-from hptool.worker.installed import COMPILER_VARIABLE, is_installed, uses_transformer_engine
+from hptool.worker.installed import COMPILER_VARIABLE, FLASH_ATTENTION, is_installed, uses_transformer_engine
 
 
 def backend(device_type: str) -> str | None:
@@ -81,6 +82,20 @@ def names(config: BaseConfig) -> dict[str, str]:
         if config.model.use_flash_attention:
             attention = "torch SDPA with ALiBi" if config.is_alibi else "torch SDPA"
     return {"layers": layers, "attention": attention, "norms": norms, "loss": "hptool", "optimizer": _optimizer()}
+
+
+def serving_names(config: BaseConfig) -> dict[str, str]:
+    """What computes what in a run that serves, for its measurement."""
+    found = {name: names(config)[name] for name in ("layers", "attention", "norms")}
+    found["layers"] = names(replace(config, model=replace(config.model, use_flash_attention=False)))["layers"]
+    found["cache"] = "keys and values of all tokens, one piece of memory a layer"
+    if config.is_encoder_decoder:
+        found["cache"] = "keys and values of all decoder tokens and, once for all of them, of the encoder's"
+    if not is_installed(FLASH_ATTENTION):
+        found["dynamic engine"] = f"not used: it needs {FLASH_ATTENTION}, which is not installed"
+    else:
+        found["dynamic engine"] = "not used: hptool has no loop over it"
+    return found
 
 
 def _optimizer() -> str:

@@ -479,7 +479,7 @@ def measure_rank(budget_s: float, config: BaseConfig, place: Place, heartbeats: 
 
 
 def _measure(budget_s: float, config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
-    from hptool.worker.rank import _device_name, _versions, join  # noqa: PLC0415 (as above)
+    from hptool.worker.rank import device_name, join, versions_of  # noqa: PLC0415 (as above)
 
     device = join(config, place)
     nodes, per_node = config.trainer.num_nodes, config.trainer.devices
@@ -503,10 +503,10 @@ def _measure(budget_s: float, config: BaseConfig, place: Place, heartbeats: Hear
     if place.rank == 0:
         properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
         found = Benchmarks(
-            device=_device_name(device),
+            device=device_name(device),
             multiprocessors=properties.multi_processor_count if properties else None,
             memory_gib=properties.total_memory / GIB if properties else None,
-            versions=_versions(device),
+            versions=versions_of(device),
             took_s=time.monotonic() - heartbeats.started,
             nodes=nodes,
             gpus_per_node=per_node,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hptool import files
 from hptool.errors import InputError
-from hptool.measurement import Failure, FailureKind, Measurement
+from hptool.measurement import Failure, FailureKind, Measurement, ServingMeasurement
 from hptool.secrets import redact
 from hptool.worker.orders import RESULT
 
@@ -46,7 +46,8 @@ _PEER_LOST = (
 #: What a disk says that is full or gone. It says nothing about the layout.
 _DISK_FAILED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE})
 
-_MESSAGE_LIMIT = 500
+#: Of a failure's message, in characters.
+MESSAGE_LIMIT = 500
 
 #: How long a full disk may take to have room for a measurement again, and how long between two looks at it.
 _PATIENCE_S = 60.0
@@ -64,8 +65,14 @@ def log_path(directory: Path, rank: int) -> Path:
 
 def clear(directory: Path) -> None:
     """Forgets an earlier attempt in this directory, so that a requeued job cannot be judged by it."""
-    ends = (directory / name for name in (MEASUREMENT, RESULT, PROGRESS, _FIRST))
-    for path in (*directory.glob("failure-rank*.json"), *ends):
+    clear_failure(directory)
+    for name in (MEASUREMENT, RESULT, PROGRESS):
+        (directory / name).unlink(missing_ok=True)
+
+
+def clear_failure(directory: Path) -> None:
+    """Forgets which failure was first."""
+    for path in (*directory.glob("failure-rank*.json"), directory / _FIRST):
         path.unlink(missing_ok=True)
 
 
@@ -74,7 +81,7 @@ def is_measured(directory: Path) -> bool:
     return (directory / MEASUREMENT).exists() or (directory / RESULT).exists()
 
 
-def write_measurement(directory: Path, measurement: Measurement) -> None:
+def write_measurement(directory: Path, measurement: Measurement | ServingMeasurement) -> None:
     """The numbers of the run; written by one rank only, whole or not at all.
 
     They have cost all of the run: where they cannot be written, it is tried again for a minute. NotWrittenError then.
@@ -134,6 +141,13 @@ def speaks_of_memory(text: str) -> bool:
     return any(words.lower() in text.lower() for words in _OUT_OF_MEMORY)
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """An allocator has raised it, of whatever device."""
+    # By name, because torch.OutOfMemoryError cannot be imported here.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or speaks_of_memory(str(error))
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """The error only says that another rank is gone."""
     return any(words in str(error) for words in _PEER_LOST)
@@ -143,8 +157,7 @@ def failure_of(error: BaseException, rank: int, log: Path | None) -> Failure:
     """What an exception of a rank means for the run."""
     text = redact(str(error))
     disk_failed = isinstance(error, OSError) and error.errno in _DISK_FAILED
-    # By name, because torch.OutOfMemoryError cannot be imported here.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or speaks_of_memory(text):
+    if is_memory_error(error):
         kind = FailureKind.OOM
     elif isinstance(error, InputError | FloatingPointError):
         kind = FailureKind.INVALID
@@ -153,4 +166,4 @@ def failure_of(error: BaseException, rank: int, log: Path | None) -> Failure:
     else:
         kind = FailureKind.CRASH
     message = text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-    return Failure(kind=kind, message=message[:_MESSAGE_LIMIT], rank=rank, log_path=str(log) if log else None)
+    return Failure(kind=kind, message=message[:MESSAGE_LIMIT], rank=rank, log_path=str(log) if log else None)

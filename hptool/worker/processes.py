@@ -36,6 +36,7 @@ class Heartbeats:
 
     def __init__(self, ranks: int) -> None:
         self.started = process_start()
+        self.ranks = ranks
         self._cells = memoryview(mmap.mmap(-1, 8 * (2 * ranks + 1))).cast("q")
 
     def ask_to_stop(self) -> None:

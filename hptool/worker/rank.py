@@ -84,7 +84,7 @@ def _run(config: BaseConfig, place: Place, heartbeats: Heartbeats) -> None:
     with refusals_by_name(place, heartbeats):
         training = Training(config, device, beat=lambda: heartbeats.beat(place.local_rank))
         reports, startup_s = _train(config, training, place, heartbeats)
-    memory = _memory_gib(device)
+    memory = fullest_memory_gib(device)
     if place.rank == 0:
         outcome.write_measurement(place.directory, _measurement(config, reports, startup_s, memory, device))
     torch.distributed.barrier()
@@ -210,7 +210,7 @@ def tell_progress(config: BaseConfig, directory: Path, step: int, report: StepRe
         aside.replace(directory / outcome.PROGRESS)
 
 
-def _memory_gib(device: torch.device) -> dict[str, float]:
+def fullest_memory_gib(device: torch.device) -> dict[str, float]:
     """Of the fullest rank, by the names of a measurement's fields."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -259,21 +259,23 @@ def _measurement(
         model_tflops_per_gpu=model_flops / median(times) / gpus / TERA,
         tokens_per_s_per_gpu=gbs * shape.tokens_per_sequence / median(times) / gpus,
         num_parameters=shape.num_parameters,
-        device=_device_name(device),
+        device=device_name(device),
         precision=config.precision,
         kernels=kernels.names(config),
-        versions=_versions(device),
+        versions=versions_of(device),
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What its maker calls it."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _versions(device: torch.device) -> dict[str, str]:
+def versions_of(device: torch.device) -> dict[str, str]:
+    """Of what has computed, by the packages' names."""
     versions = {"python": platform.python_version(), "hptool": hptool.__version__, "torch": torch.__version__}
     for package in ("megatron-core", "transformer-engine"):
         try:

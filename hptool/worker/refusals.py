@@ -3,9 +3,10 @@
 import importlib.util
 
 from hptool.base_config import BaseConfig
-from hptool.candidates import SearchLimits, SearchSpace, enumerate_layouts
+from hptool.candidates import SearchLimits, SearchSpace, enumerate_layouts, mlp_widths
 from hptool.errors import InputError
-from hptool.worker import masking
+from hptool.serving_orders import ServingOrders
+from hptool.worker import masking, served
 from hptool.worker.installed import is_installed, may_use_transformer_engine, uses_transformer_engine
 
 #: One step to warm up and one to time.
@@ -26,6 +27,59 @@ def refuse_impossible(config: BaseConfig, source: str) -> None:
             f"{source}: model.optim.overlap_param_sync: True given, allowed is False unless overlap_grad_sync is True"
         )
     problems += [f"{source}: {problem}" for problem in (*masking.problems(config), *_unsupported(config))]
+    if problems:
+        raise InputError(*problems)
+
+
+def refuse_unservable(config: BaseConfig, orders: ServingOrders, source: str) -> None:
+    """InputError where this layout cannot serve these points on the config's GPUs, or the model cannot serve at all.
+
+    What a config says of batches, recomputation and the like is for training, and is not looked at.
+    """
+    model, shape, layout = config.model, config.shape, config.layout
+    problems: list[str] = []
+
+    def need(ok: bool, key: str, given: object, allowed: str) -> None:  # noqa: FBT001 (reads as a sentence)
+        if not ok:
+            problems.append(f"{source}: {key}: {given!r} given, allowed is {allowed}")
+
+    part = "model.decoder" if config.is_encoder_decoder else "model"
+    need(not config.is_bert, "model.bert_binary_head", model.bert_binary_head, "null: BERT writes no text to serve")
+    if orders.engine == "megatron":  # a command of the user's knows best what it can do
+        for key, size in (
+            ("model.virtual_pipeline_model_parallel_size", layout.vpp),
+            ("model.context_parallel_size", layout.cp),
+            ("model.expert_model_parallel_size", layout.ep),
+        ):
+            need(size == 1, key, size, "1 for serving")
+        one = layout.tp * layout.pp
+        allowed = f"TP·PP ({one}) on all nodes together: serving measures one replica"
+        need(config.gpus == one, "trainer.devices", config.trainer.devices, allowed)
+        divided = [
+            ("num_attention_heads", shape.num_attention_heads),
+            ("num_query_groups", shape.num_query_groups),
+            *mlp_widths(shape),
+        ]
+        for name, width in divided:
+            allowed = f"a divisor of {name} ({width})"
+            need(width % layout.tp == 0, "model.tensor_model_parallel_size", layout.tp, allowed)
+        layers = shape.pipeline_layers
+        allowed = f"a divisor of the {layers} layers"
+        need(layers % layout.pp == 0, "model.pipeline_model_parallel_size", layout.pp, allowed)
+        need(not model.fp8, "model.fp8", model.fp8, "false for serving, whose layers are not Transformer Engine's")
+        if orders.cuda_graphs:
+            on_gpu = config.trainer.accelerator != "cpu"
+            need(on_gpu, "cuda_graphs", given=True, allowed="false on a CPU: CUDA graphs need a GPU")
+            allowed = "false with experts: the host decides which token goes to which"
+            need(not model.num_moe_experts, "cuda_graphs", given=True, allowed=allowed)
+        problems += [f"{source}: {problem}" for problem in _unsupported(served.serving_config(config))]
+    if shape.learned_positions:
+        table = shape.max_position_embeddings
+        allowed = f"at most the {table} places of {part}.max_position_embeddings"
+        for point in orders.points:
+            read = point.input_len + point.output_len - 1  # the last token is not read again
+            longest = max(point.input_len, point.output_len) if config.is_encoder_decoder else read
+            need(longest <= table, "points", point.name, allowed)
     if problems:
         raise InputError(*problems)
 

@@ -22,12 +22,13 @@ from hptool.base_config import BaseConfig
 from hptool.errors import InputError
 from hptool.measurement import Failure, FailureKind
 from hptool.secrets import redact
+from hptool.serving_orders import ServingOrders
 from hptool.units import GIB, SECONDS_PER_MINUTE
-from hptool.worker import outcome, processes
+from hptool.worker import outcome, processes, served, serving_command
 from hptool.worker.installed import COMPILER_VARIABLE
 from hptool.worker.nodes import Meeting, Node, Place, listen, this_node
 from hptool.worker.orders import Orders
-from hptool.worker.refusals import refuse_impossible, refuse_missing_framework
+from hptool.worker.refusals import refuse_impossible, refuse_missing_framework, refuse_unservable
 
 _LOG = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class NodeJob:
     `hang_s` is how long no rank may finish a microbatch once the first step is done. `environment` is set before
     anything is loaded. With `orders` the ranks train for real: a first SIGTERM or SIGINT then asks them to write a
     checkpoint and end. With `benchmark_s` they measure their devices for so many seconds instead (`microbenchmarks`).
+    With neither, and with a `serving.json` beside the config, they serve the model instead of training it.
     """
 
     config_path: str
@@ -97,14 +99,24 @@ def run_node(job: NodeJob) -> None:
     directory = Path(job.run_directory)
     try:
         config = files.read(Path(job.config_path), BaseConfig)
-        refuse_impossible(config, job.config_path)
+        serving = serving_of(job)
+        if serving is None:
+            refuse_impossible(config, job.config_path)
+        else:
+            refuse_unservable(config, serving, job.config_path)
         node = this_node(config.trainer.num_nodes)
     except InputError as error:
         with contextlib.suppress(OSError):  # it is said again below
-            outcome.clear(directory)  # on every node, but all come to this same end
+            served.clear(directory)  # on every node, but all come to this same end
         _record(directory, outcome.failure_of(error, 0, None))
         raise InputError(*map(redact, error.problems)) from None  # a scheduler's log may be read by others
     run_ranks(config, job, node)
+
+
+def serving_of(job: NodeJob) -> ServingOrders | None:
+    """What the job is to serve, if that is what it does; InputError where what lies beside its config is none."""
+    other = job.orders is not None or job.benchmark_s is not None
+    return None if other else served.read_orders(Path(job.config_path))
 
 
 def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], None] = lambda: None) -> None:
@@ -114,14 +126,23 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
     """
     directory = Path(job.run_directory)
     devices = config.trainer.devices
+    serving = serving_of(job)
     watch = _Watch(
-        directory=directory, job=job, first_rank=node.index * devices, heartbeats=processes.Heartbeats(devices)
+        directory=directory,
+        job=job,
+        first_rank=node.index * devices,
+        heartbeats=processes.Heartbeats(devices),
+        serving=serving,
     )
     with _cancelled_by_signals(watch):
         try:
             if node.index == 0:
-                outcome.clear(directory)
-            run_rank = load_framework(config.trainer.accelerator, job.orders)
+                served.clear(directory)
+            if serving is not None and serving.engine == "command":
+                if node.index == 0:
+                    serving_command.serve(serving, config, job, tell)
+                return
+            run_rank = load_framework(config.trainer.accelerator, job.orders, serving)
             if job.benchmark_s is not None:
                 from hptool.worker.microbenchmarks import measure_rank  # noqa: PLC0415 (imports torch)
 
@@ -133,6 +154,8 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
             raise RunFailedError(_record(directory, outcome.failure_of(error, watch.first_rank, None))) from error
         try:
             failure = _train(watch, run_rank, config, node, tell)
+            while failure is not None and _is_only_a_points(watch, failure, node):
+                failure = _train(watch, run_rank, config, node, tell)
             watch.end_ranks()
             if failure is not None and not outcome.is_measured(directory):  # it may have finished while it was ended
                 raise RunFailedError(_record(directory, failure))
@@ -142,10 +165,10 @@ def run_ranks(config: BaseConfig, job: NodeJob, node: Node, tell: Callable[[], N
             watch.end_ranks()
 
 
-def load_framework(accelerator: str, orders: Orders | None = None) -> RunRank:
+def load_framework(accelerator: str, orders: Orders | None = None, serving: ServingOrders | None = None) -> RunRank:
     """`rank.run_rank`, with torch and Megatron-core behind it ready for `accelerator`; CUDA stays untouched.
 
-    With orders, what trains for real.
+    With orders, what trains for real; with those of a serving run, what serves.
 
     Everything here must be safe to do before a fork: no thread is started and no device is opened.
     """
@@ -171,7 +194,31 @@ def load_framework(accelerator: str, orders: Orders | None = None) -> RunRank:
             from hptool.worker.trainer import train_rank  # noqa: PLC0415 (as above)
 
             return partial(train_rank, orders)
+        if serving is not None:
+            from hptool.worker.serving import serve_rank  # noqa: PLC0415 (as above)
+
+            return partial(serve_rank, serving)
     return run_rank
+
+
+def _is_only_a_points(watch: "_Watch", failure: Failure, node: Node) -> bool:
+    """Notes that a point has ended the ranks; true where others, which are still to be forked, can do what is left.
+
+    Only what runs out of memory says nothing of other points. On several nodes the run ends with it: their
+    supervisors cannot agree upon another start.
+    """
+    orders, directory = watch.serving, watch.directory
+    if orders is None or watch.is_over() or node.index > 0 or failure.kind is FailureKind.LOST:
+        return False
+    point = served.point_under_way(directory, orders)
+    if point is None:
+        return False
+    left = served.note_failure(directory, orders, served.failure_of(point, failure.kind, failure.message))
+    if failure.kind is not FailureKind.OOM or node.count > 1 or not left:
+        return False
+    _LOG.warning("%s is out of memory: going on with %s", point.name, ", ".join(other.name for other in left))
+    watch.begin_again()
+    return True
 
 
 def _record(directory: Path, failure: Failure) -> Failure:
@@ -224,6 +271,7 @@ class _Watch:
     """The node's ranks while they run: `ranks` holds those alive, by process.
 
     `log_starts` is where this attempt begins in each rank's log; an earlier one's words must not explain its end.
+    `serving` is what they serve, if they do.
     """
 
     directory: Path
@@ -237,6 +285,20 @@ class _Watch:
     first_left: float | None = None
     stop_signal: int | None = None
     stop_until: float = math.inf
+    serving: ServingOrders | None = None
+
+    def begin_again(self) -> None:
+        """Forgets the ranks, which it ends, and how they did; their time goes on."""
+        self._kill_ranks()
+        outcome.clear_failure(self.directory)
+        self.heartbeats = processes.Heartbeats(self.heartbeats.ranks)
+        self.oom_kills = processes.oom_kills()
+        self.first_left = None
+
+    def is_over(self) -> bool:
+        """The ranks have done what they were started for; whatever goes wrong afterwards does not matter."""
+        over = outcome.is_measured if self.serving is None else served.is_over
+        return over(self.directory)
 
     def stop(self, signum: int) -> None:
         """Asks the ranks to end by themselves; SystemExit where they would not, or have been asked before."""
@@ -271,7 +333,7 @@ class _Watch:
                 return self._stuck(FailureKind.HANG, f"no rank has finished a microbatch for {self.job.hang_s:g} s")
         # Other nodes than the first rank's may see its file late. But no rank leaves in peace before it is there.
         left_in_peace = not self.ranks and self.first_rank > 0
-        if left_in_peace or outcome.is_measured(self.directory):
+        if left_in_peace or self.is_over():
             return None
         running = f" while ranks {sorted(self.ranks.values())} still ran" if self.ranks else ""
         return self._failure(FailureKind.CRASH, f"ranks left without a measurement{running}", self.first_rank)
@@ -280,6 +342,9 @@ class _Watch:
         """Kills the ranks that are still there, and waits for their end. Signals no longer disturb."""
         for signum in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)
+        self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
         for child in self.ranks:
             processes.send(child, signal.SIGKILL)
         # A process that a driver holds cannot be waited for; the scheduler has to deal with it.
@@ -298,7 +363,7 @@ class _Watch:
                 continue
             del self.ranks[child]
             code = os.waitstatus_to_exitcode(status)
-            if code == 0 or outcome.is_measured(self.directory):
+            if code == 0 or self.is_over():
                 self.first_left = self.first_left or time.monotonic()
             elif code == processes.CANNOT_WRITE:
                 kind = self._kind_of_log(rank)
@@ -332,7 +397,7 @@ class _Watch:
 
     def _stuck(self, kind: FailureKind, message: str) -> Failure | None:
         """A failure that blames the rank that is furthest behind, with everyone's stacks in their logs."""
-        if outcome.is_measured(self.directory):
+        if self.is_over():
             return None  # only the leaving is stuck
         for child in self.ranks:
             processes.send(child, processes.SHOW_STACKS)

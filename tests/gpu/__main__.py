@@ -17,6 +17,7 @@ import click
 from hptool import files
 from hptool.errors import InputError
 from hptool.facts import GpuSpec
+from tests.benchmarks import gpu_serving
 from tests.gpu import stages, summary
 from tests.gpu.command import detect
 from tests.gpu.device import Device, one_gpu, profile_text
@@ -114,6 +115,7 @@ class Suite:
 
         attempt("landscapes", lambda: _keep_landscapes(self.output, keep))
         attempt("table", lambda: scores.extend(_keep_table(self.output, keep, self.device, date)))
+        attempt("serving", lambda: _keep_serving(self.output, keep, self.device, date))
         attempt("calibration", lambda: _keep_calibration(self.output, keep))
         attempt("profile", lambda: files.write_text(keep / "one-gpu.yaml", profile_text(one_gpu(self.device))))
         attempt("logs", lambda: files.write_text(keep / "logs.txt", logs_text(self.output)))
@@ -158,6 +160,14 @@ def _keep_table(output: Path, keep: Path, device: Device, date: str) -> list[Sco
         older.unlink()
     files.write_text(path, frame.to_csv(index=False))
     return score.score(collect.read(path), _calibrated(output / "calibrate" / CALIBRATION))
+
+
+def _keep_serving(output: Path, keep: Path, device: Device, date: str) -> None:
+    written = gpu_serving.table_of(output / "serving")
+    if written is not None:
+        for older in keep.glob("serving-*.csv"):
+            older.unlink()
+        shutil.copyfile(written, keep / f"serving-{device.slug}-{date}.csv")
 
 
 def _calibrated(path: Path) -> GpuSpec | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from hptool import files
 from hptool.base_config import BaseConfig
+from hptool.candidates import Layout
 from hptool.measurement import Measurement
 from tests.gpu import runs
 from tests.gpu.command import Given, command
@@ -38,6 +39,20 @@ STEPS = 5
 #: What of a check is expected at most on a GPU: a run with its context, its compiled kernels and five steps.
 _RUN_S = 90.0
 _ATTENTION_S = 60.0
+
+_SERVING_S = 60.0
+
+#: Requests, tokens that are read and written, and places that a graph looks at more than the one before it.
+_ANSWERED = (3, 60, 20)
+_BLOCK = 8
+
+#: The families that answer, and what makes their weights so large that the likeliest token is no matter of rounding.
+_LIKELY_STD = 0.2
+_LIKELY = {
+    "gpt3": ("model.init_method_std={}",),
+    "llama": ("model.init_method_std={}",),
+    "t5": ("model.encoder.init_method_std={}", "model.decoder.init_method_std={}"),
+}
 
 #: Processes that checks of attention may take along, by a fault of a kernel or by hanging.
 _MOST_DEATHS = 4
@@ -195,7 +210,7 @@ def _dtype(torch: Any, precision: str) -> "torch.dtype":
     return torch.bfloat16 if precision == "bf16" else torch.float32  # type: ignore[no-any-return]  # as above
 
 
-def join_alone(config: BaseConfig, directory: Path) -> None:
+def join_alone(config: BaseConfig, directory: Path) -> "torch.device":
     """Makes this process a rank on its own, as the worker's are. Multiplications in fp32 are not rounded to TF32."""
     import torch  # noqa: PLC0415 (heavy)
 
@@ -204,9 +219,10 @@ def join_alone(config: BaseConfig, directory: Path) -> None:
 
     listener = listen()
     meeting = Meeting(host="127.0.0.1", port=listener.getsockname()[1], listener=listener.fileno())
-    join(config, Place(rank=0, local_rank=0, world_size=1, directory=directory, meeting=meeting))
+    device: torch.device = join(config, Place(rank=0, local_rank=0, world_size=1, directory=directory, meeting=meeting))
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    return device
 
 
 def attention_checks(*, tiny: bool) -> list[tuple[str, Callable[[], str]]]:
@@ -310,6 +326,62 @@ def _finding(curve: Any, expected: Any, precision: str) -> dict[str, Any]:
         return {"ok": False, "found": str(error)}
 
 
+# ---------------------------------------------------------------- serving
+
+
+def tokens(name: str, device: Device, directory: Path) -> dict[str, Any]:
+    """What a tiny model of this family answers in fp32, by its cache; on a GPU also by CUDA graphs.
+
+    To be called in a process of its own, which becomes a rank.
+    """
+    runs.load(device.accelerator)
+    import torch  # noqa: PLC0415 (heavy)
+
+    from hptool.worker import decoding_graphs  # noqa: PLC0415 (imports megatron)
+    from hptool.worker.generation import Generator  # noqa: PLC0415 (as above)
+
+    decoding_graphs._BLOCK = _BLOCK
+    changes = [change.format(_LIKELY_STD) for change in _LIKELY[name]]
+    plan = plan_of(named(FAMILIES, name), one_gpu(device), ["trainer.precision=32", *changes])
+    config = plan.config.with_layout(Layout())
+    place = join_alone(config, directory)
+    generator = Generator(config, place, beat=lambda: None)
+    drawn = torch.Generator().manual_seed(1)
+    batch, read, written = _ANSWERED
+    prompts = torch.randint(0, config.shape.vocab_size, (batch, read), generator=drawn).to(place)
+    generator.open(batch, read, written)
+    found = {"cache": generator.answer(prompts, written).tokens.tolist()}
+    if device.kind == "cuda":
+        generator.record()
+        found["graphs"] = generator.answer(prompts, written).tokens.tolist()
+    return found
+
+
+def _serve(given: Given, record: Record) -> None:
+    """Has each family answer on the CPU and on the device, which must say the same."""
+    for name in list(_LIKELY)[: 1 if given.tiny else None]:
+        key = f"serving {name}, fp32"
+        if record.findings.get(key, {}).get("ok"):
+            continue
+        if not given.tiny and not given.clock.has(_SERVING_S):
+            record.leave(key)
+            continue
+        said = {}
+        try:
+            for device in (_the_cpu(), given.device):
+                work = partial(tokens, name, device, given.output)
+                limit_s = max(1.0, min(_SERVING_S, given.clock.left_s))
+                log = given.output / f"serving-{name}-{device.kind}.log"
+                said[device.kind, device.name] = runs.answer_of(work, log=log, limit_s=limit_s)
+        except RuntimeError as error:
+            record.find(key, {"ok": False, "found": str(error)[:300]})
+            continue
+        (expected,) = {json.dumps(found["cache"]) for where, found in said.items() if where[1] == ""}
+        differing = [way for found in said.values() for way, what in found.items() if json.dumps(what) != expected]
+        text = f"differs: {', '.join(differing)}" if differing else "the same tokens"
+        record.find(key, {"ok": not differing, "found": text})
+
+
 # ---------------------------------------------------------------- the stage
 
 
@@ -327,6 +399,7 @@ def measure(given: Given, record: Record) -> None:
         runs.load("cpu")
     _attend(given, record)
     _train(given, record)
+    _serve(given, record)
     for name, finding in record.findings.items():
         if not finding["ok"]:
             record.complain(f"{name}: {finding['found']}")
@@ -368,7 +441,7 @@ def _train(given: Given, record: Record) -> None:
     families = [model.name for model in FAMILIES][: 1 if given.tiny else None]
     pairs = itertools.product(families, ["fp32"] if given.tiny else ["fp32", "bf16"])
     wanted = [pair for pair in pairs if not record.findings.get(_name(*pair), {}).get("ok")]
-    cpu = Device(kind="cpu", name="", gpu="cpu", memory_gib=files.read_gpu("cpu", "tests.gpu").memory_gib)
+    cpu = _the_cpu()
     found: dict[str, dict[tuple[str, str], Any]] = {}
     for where, device, pairs_there in (
         ("cpu", cpu, [(name, "fp32") for name in dict.fromkeys(name for name, _ in wanted)]),
@@ -389,6 +462,10 @@ def _train(given: Given, record: Record) -> None:
             record.leave(_name(name, precision))
         else:
             record.find(_name(name, precision), _finding(curve, expected, precision))
+
+
+def _the_cpu() -> Device:
+    return Device(kind="cpu", name="", gpu="cpu", memory_gib=files.read_gpu("cpu", "tests.gpu").memory_gib)
 
 
 def _name(family: str, precision: str) -> str:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from hptool import files
+from hptool.base_config import BaseConfig
 from hptool.candidates import Layout
 from hptool.errors import InputError
-from hptool.measurement import Failure, FailureKind, Measurement, Outcome
+from hptool.measurement import Failure, FailureKind, Measurement, Outcome, ServingMeasurement
 from hptool.plan import Plan
 from hptool.results import ResultsDirectory
+from hptool.serving_orders import SERVING, ServingOrders
 from hptool.timed_runs import timed_run
-from hptool.worker import processes, supervisor
+from hptool.worker import processes, served, supervisor
 from tests.gpu.models import MAX_MINUTES, node_job
 
 _POLL_S = 0.05
@@ -52,6 +54,29 @@ def run(plan: Plan, layout: Layout, *, steps: int, directory: Path, limit_s: flo
     if code is None:
         return Failure(kind=FailureKind.TIMEOUT, message=f"not over after {limit_s:.0f} s", log_path=str(log))
     return Failure(kind=FailureKind.CRASH, message=f"exit code {code}: {last_lines(log)}", log_path=str(log))
+
+
+def serve(config: BaseConfig, orders: ServingOrders, *, place: Path, limit_s: float) -> ServingMeasurement | Failure:
+    """What became of a serving run in the new directory `place`, which is given `limit_s` in all, as `run`."""
+    files.write_text(place / "config.yaml", files.yaml_text(config.document()))
+    files.write_text(place / SERVING, files.json_text(orders))
+    job = node_job(str(place / "config.yaml"), str(place), os.getpid())
+    log = place / "supervisor.log"
+    code = in_child(partial(_supervise, job), log=log, limit_s=limit_s)
+    try:
+        if (measured := served.read(place)) is not None:
+            return measured
+        for path in place.glob("failure-rank*.json"):
+            failure: Failure = files.parse_json(files.read_text(path), Failure, str(path))
+            return failure
+    except InputError as error:
+        return Failure(kind=FailureKind.CRASH, message=str(error), log_path=str(log))
+    kind, what = (
+        (FailureKind.TIMEOUT, f"not over after {limit_s:.0f} s")
+        if code is None
+        else (FailureKind.CRASH, f"exit code {code}: {last_lines(log)}")
+    )
+    return Failure(kind=kind, message=what, log_path=str(log))
 
 
 def _supervise(job: supervisor.NodeJob) -> int:

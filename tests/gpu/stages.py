@@ -54,6 +54,7 @@ STAGES = (
     Stage(name="speed", module="tests.benchmarks.gpu_speed", weight=5.5, least_s=40.0, asks="how fast it trains"),
     Stage(name="gaps", module="tests.benchmarks.gpu_gaps", weight=2.0, least_s=50.0, asks="when the GPU idles"),
     Stage(name="calibrate", module="tests.gpu.calibrate", weight=1.5, least_s=60.0, asks="what the device reaches"),
+    Stage(name="serving", module="tests.benchmarks.gpu_serving", weight=2.5, least_s=80.0, asks="how fast it serves"),
     Stage(name="landscapes", module="tests.gpu.landscapes", weight=3.0, least_s=40.0, asks="are predictions right"),
 )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tests.benchmarks import gpu_serving
 from tests.benchmarks.gpu_speed import ratio
 from tests.gpu.device import Device
 from tests.gpu.models import GPT2, LANDSCAPES, TINY_GPT2, TINY_LANDSCAPES, TINY_UTILISED, UTILISED
@@ -16,6 +17,9 @@ from tests.gpu.stages import State
 ASKED_RATIO = 1.0
 ASKED_MFU = 0.45
 ASKED_IDLE = 0.05
+
+#: And of CUDA graphs that they pay, for one request at a time.
+ASKED_SPEEDUP = 1.0
 
 MOST_LINES = 60
 WIDTH = 100
@@ -82,6 +86,7 @@ def verdicts(findings: Mapping[str, Mapping[str, Any]], scores: Iterable[Score],
             met=None if outcome is None or (tiny and outcome == "ok") else outcome == "ok",
         )
     )
+    found += _serving(findings.get("serving", {}), tiny=tiny)
     landscapes = findings.get("landscapes", {})
     for landscape in TINY_LANDSCAPES if tiny else LANDSCAPES:
         counts = landscapes.get(landscape.name)
@@ -102,6 +107,19 @@ def _numerics(findings: Mapping[str, Any]) -> Verdict:
     measured = f"{passed} of {len(findings)}" if findings else ""
     met = passed == len(findings) if findings else None
     return _verdict("numerics", "checks passed", "all", measured, met=met)
+
+
+def _serving(findings: Mapping[str, Any], *, tiny: bool) -> list[Verdict]:
+    """That all points were measured, and that CUDA graphs make a single request faster."""
+    models, found = gpu_serving.TINY if tiny else gpu_serving.MODELS, []
+    for name, (measured, asked) in gpu_serving.told(findings, models).items():
+        text, met = (f"{measured} of {asked}", measured == asked) if asked else ("", None)
+        found.append(_verdict("serving", f"{name}: points measured", "all", text, met=met))
+    for model in () if tiny else models:
+        times = gpu_serving.speedup(findings, model)
+        text, met = ("", None) if times is None else (f"{times:.2f}", times > ASKED_SPEEDUP)
+        found.append(_verdict("serving", f"{model.name}: eager to CUDA graphs", f"> {ASKED_SPEEDUP:g}", text, met=met))
+    return found
 
 
 def _verdict(stage: str, what: str, asked: str, measured: str, *, met: bool | None) -> Verdict:

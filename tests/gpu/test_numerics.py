@@ -20,6 +20,7 @@ _TRAININGS = (
     if _TINY
     else [f"training {model.name}, {precision}" for model, precision in itertools.product(FAMILIES, ("fp32", "bf16"))]
 )
+_SERVED = [f"serving {name}, fp32" for name in ("gpt3", "llama", "t5")[: 1 if _TINY else None]]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,6 @@ def findings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(read_record(output)["findings"])
 
 
-@pytest.mark.parametrize("name", [*(name for name, _ in attention_checks(tiny=_TINY)), *_TRAININGS])
+@pytest.mark.parametrize("name", [*(name for name, _ in attention_checks(tiny=_TINY)), *_TRAININGS, *_SERVED])
 def test_the_device_computes_what_the_cpu_computes(findings: dict[str, Any], name: str) -> None:
     assert findings[name]["ok"], findings[name]["found"]
