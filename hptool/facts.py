@@ -381,6 +381,101 @@ class Framework:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """What an inference engine makes of a point: its kernels, its scheduler and its buffers, with their source.
+
+    Speeds are over what the GPU's facts say: `gemm_speed` of large GEMMs, `expert_speed` of those of experts over that,
+    `attention_speed` of a prompt's attention and `query_speed` of a token's (whose kernels may not use tensor cores),
+    `weight_speed` and `kv_speed` at which weights, and keys and values, are read, `link_speed` of all-reduces. Where so
+    many queries share a key as `query_groups` says, tensor cores do attend to it, and `query_speed` is no bound.
+    `hidden_passes` count how often kernels that are no GEMM read or write a token's hidden size in a layer.
+
+    `layer_us` is what the small kernels of a layer take, whatever they work on; `host_layer_us` what the host needs to
+    launch them, where they are not launched as a graph; `step_us` is spent once a pass (scheduling, sampling),
+    `request_us` on each request of it, `request_ms` once a request (before its first token). An all-reduce takes
+    `collective_hops` latencies of its link for each doubling of the group and once more, a pipeline's send
+    `pipeline_hops`. `pipelining` is the share of its stages that a pipeline keeps busy by cutting batches apart: 0 is
+    none. `burst` is how much of the other requests' prompts comes before a request's first token (the rest comes
+    between its tokens).
+
+    With `in_flight` a batch is the number of clients that ask again once they are answered (continuous batching);
+    without, requests start and end together (static). `paged_kv` takes keys and values in blocks of `kv_block_tokens`
+    from what weights leave of `memory_share` of the device, so that they limit how many requests run at once, of which
+    each holds its prompt and `reserved_output` of its output. Otherwise they have to fit. Requests of one prompt pass
+    have at most `prefill_tokens` (0: any number); `decode_rows` is for how many requests weights are read at once (0:
+    for all).
+
+    A token of a prompt takes `activation_widths` times the hidden size beside keys and values, and `layer_widths` times
+    what a layer projects to (queries, keys, values, and the MLP's width), which TP splits. `kv_bytes` are those of a
+    key's element where GEMMs take 8 bits; `buffer_gib` is what the engine allocates beside all that.
+
+    The errors are relative standard deviations of what was not fitted away. Where nothing was `fitted`, most of the
+    error is one that calibration can take away.
+    """
+
+    name: str
+    source: str
+    gemm_speed: float
+    expert_speed: float
+    attention_speed: float
+    query_speed: float
+    weight_speed: float
+    kv_speed: float
+    link_speed: float
+    hidden_passes: float
+    layer_us: float
+    host_layer_us: float
+    step_us: float
+    request_us: float
+    request_ms: float
+    collective_hops: float
+    pipeline_hops: float
+    pipelining: float
+    burst: float
+    in_flight: bool
+    paged_kv: bool
+    kv_block_tokens: int
+    kv_bytes: int
+    memory_share: float
+    reserved_output: float
+    prefill_tokens: int
+    decode_rows: int
+    cuda_graphs: bool
+    query_groups: tuple[int, ...]
+    activation_widths: float
+    layer_widths: float
+    buffer_gib: float
+    latency_error: float
+    memory_error: float
+    fitted: bool = True
+    aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rates = (
+            "gemm_speed",
+            "expert_speed",
+            "attention_speed",
+            "query_speed",
+            "weight_speed",
+            "kv_speed",
+            "link_speed",
+            "latency_error",
+            "memory_error",
+        )
+        for name in rates:
+            if not 0 < getattr(self, name) < math.inf:
+                msg = f"{name}: {getattr(self, name)} given, allowed is more than 0"
+                raise ValueError(msg)
+        for name in ("pipelining", "burst", "memory_share", "reserved_output"):
+            if not 0 <= getattr(self, name) <= 1:
+                msg = f"{name}: {getattr(self, name)} given, allowed is 0 to 1"
+                raise ValueError(msg)
+        if self.kv_block_tokens < 1:
+            msg = f"kv_block_tokens: {self.kv_block_tokens} given, allowed is 1 or more"
+            raise ValueError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """The dimensions of a transformer, in Megatron-core's words.
 

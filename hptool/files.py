@@ -20,7 +20,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from hptool.errors import InputError
-from hptool.facts import Cluster, Framework, GpuSpec, Network, Networks
+from hptool.facts import Cluster, Engine, Framework, GpuSpec, Network, Networks
 
 T = TypeVar("T")
 
@@ -262,6 +262,23 @@ def read_framework(name: str) -> Framework:
     if name not in known:
         raise InputError(f"--framework: unknown framework {name!r}; {nearest(name, sorted(known))}")
     return _framework(known[name])
+
+
+def read_engines() -> dict[str, Engine]:
+    """All inference engines of `cluster/engines/` by name; one that is `like` another gives what differs alone."""
+    return {name: parse(_like(path), Engine, str(path)) for name, path in _engine_files().items()}
+
+
+def read_engine(name: str) -> Engine:
+    """The engine of that name from `cluster/engines/`."""
+    known = _engine_files()
+    if name not in known:
+        raise InputError(f"--engine: unknown engine {name!r}; {nearest(name, sorted(known))}")
+    return parse(_like(known[name]), Engine, str(known[name]))
+
+
+def _engine_files() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((data_directory("cluster") / "engines").glob("*.yaml"))}
 
 
 def _framework_files() -> dict[str, Path]:

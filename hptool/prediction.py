@@ -14,11 +14,13 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from hptool import catalogue, explain, files, forecast, tables
+from hptool import catalogue, explain, files, forecast, serving_forecast, serving_tables, tables
 from hptool.candidates import Layout
 from hptool.errors import InputError
-from hptool.forecast import Accuracy, Forecast
+from hptool.facts import Engine
+from hptool.forecast import Accuracy
 from hptool.plan import Plan, SearchRequest, facts_remark, make_plan
+from hptool.serving_forecast import ServingAccuracy
 
 Say = Callable[[str], None]
 
@@ -208,14 +210,30 @@ class Columns:
             "Measured, for the errors that are printed and for --calibrate: tps_gpu_norm (tokens/s/GPU) or iter_s, "
             "mem_gb with mem_kind, oom; outcome is ok for runs that ended well. dataset and grid_id group the errors."
         )
+        console.print(f"\nOf served points, which are told by {', '.join(serving_tables.MARKS)}, needed: ", end="")
+        console.print(", ".join(serving_tables.REQUIRED))
+        table = Table(box=None, show_header=False)
+        for name, meaning in serving_tables.DEFAULTS.items():
+            table.add_row(f"  {name}", meaning)
+        console.print(table)
+        console.print(
+            "Measured: latency_ms or tokens_per_s, ttft_ms, tpot_ms, memory_gb, oom. series groups the errors."
+        )
 
     def document(self) -> Mapping[str, Any]:
         """The same."""
-        return {"needed": list(tables.REQUIRED), "defaults": dict(tables.DEFAULTS)}
+        return {
+            "needed": list(tables.REQUIRED),
+            "defaults": dict(tables.DEFAULTS),
+            "serving": {"needed": list(serving_tables.REQUIRED), "defaults": dict(serving_tables.DEFAULTS)},
+        }
 
 
 #: Reasons and rows of a table that are printed; the JSON has them all.
 _MOST_REASONS = 30
+
+#: Constants of an engine that are printed, those that moved most; the JSON has them all.
+_MOST_FACTORS = 4
 
 #: Bytes of a table that take a second to read, and rows that take one to write.
 _LARGE, _MANY = 10**7, 20_000
@@ -241,13 +259,7 @@ class Predicted:
 
     def show(self, console: Console) -> None:
         """Print it in 80 columns."""
-        rejected = sum(self.rejections.values())
-        console.print(f"{self.rows - rejected} of {self.rows} rows predicted" + (":" if rejected else "."))
-        reasons = sorted(self.rejections.items(), key=lambda item: -item[1])
-        for reason, count in reasons[:_MOST_REASONS]:
-            console.print(f"  {count:>6} not: {reason}", soft_wrap=True, markup=False)
-        if rest := reasons[_MOST_REASONS:]:
-            console.print(f"  {sum(count for _, count in rest):>6} not, for {len(rest)} more reasons")
+        _show_rejections(self.rows, self.rejections, console)
         for stack, factors in self.factors.items():
             learned = ", ".join(f"{name} ×{factor:.2f}" for name, factor in factors.items())
             console.print(f"learned for {stack}: {learned}", soft_wrap=True, markup=False)
@@ -276,6 +288,8 @@ class Predicted:
 def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Result:
     """Predict each row of the CSV that `words` names."""
     _check_table(words, options)
+    if serving_tables.is_serving(Path(words[0])):
+        return _of_serving(Path(words[0]), options, say)
     frame = _read(Path(words[0]), say)
     say(f"{len(frame)} rows of {words[0]}")
     expected = forecast.forecast(frame, say)
@@ -291,18 +305,89 @@ def of_table(words: Sequence[str], options: Mapping[str, Any], say: Say) -> Resu
         expected = forecast.calibrated(frame, expected, learned)
         factors = {stack: c.factors for (stack, grid), c in learned.step_time.items() if not grid}
     if options["output"] is not None:
-        _write(options["output"], frame, expected, say)
+        _write(options["output"], frame, expected.columns(frame), say)
     if len(frame) > _MANY:
         say("comparing with what was measured")
-    counts = pd.Series(list(expected.rejection), dtype=object).value_counts()
     return Predicted(
         rows=len(frame),
-        rejections={str(reason): int(count) for reason, count in counts.items() if reason != ""},
+        rejections=_counted(expected.rejection),
         output=options["output"],
         datasets=forecast.accuracy(frame, expected, "dataset"),
         grids=forecast.accuracy(frame, expected, "grid_id") if "grid_id" in frame else [],
         factors=factors,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PredictedServing:
+    """A table of served points with its predictions, and how good they are where something was measured."""
+
+    rows: int
+    rejections: Mapping[str, int]
+    output: Path | None
+    series: Sequence[ServingAccuracy]
+    factors: Mapping[str, Mapping[str, float]]
+
+    def show(self, console: Console) -> None:
+        """Print it in 80 columns."""
+        _show_rejections(self.rows, self.rejections, console)
+        for engine, factors in self.factors.items():
+            most = [f"{name} ×{factor:.2f}" for name, factor in factors.items()][:_MOST_FACTORS]
+            console.print(f"learned for {engine}: {', '.join(most)}", soft_wrap=True, markup=False)
+        if self.series:
+            serving_forecast.print_accuracy(self.series, console)
+            console.print(serving_forecast.LEGEND)
+        if self.output is not None:
+            console.print(f"written: {self.output}", soft_wrap=True, markup=False)
+
+    def document(self) -> Mapping[str, Any]:
+        """The same."""
+        return {
+            "rows": self.rows,
+            "predicted": self.rows - sum(self.rejections.values()),
+            "rejections": dict(self.rejections),
+            "output": str(self.output) if self.output else None,
+            "series": [dataclasses.asdict(row) for row in self.series],
+            "learned": {engine: dict(factors) for engine, factors in self.factors.items()},
+        }
+
+
+def _of_serving(path: Path, options: Mapping[str, Any], say: Say) -> Result:
+    """As `of_table`, of served points."""
+    frame = tables.read_table(path, serving_tables.REQUIRED)
+    say(f"{len(frame)} rows of {path}, served points")
+    engines: Mapping[serving_forecast.Key, Engine] = {}
+    if (measured_at := options["calibrate"]) is not None:
+        measured = tables.read_table(measured_at, serving_tables.REQUIRED)
+        say(f"{len(measured)} rows of {measured_at} to learn from")
+        engines = serving_forecast.learn(measured, say)
+        if not engines:
+            raise InputError(f"{measured_at}: no row has a measured latency, rate, or time to or of a token")
+    expected = serving_forecast.forecast(frame, engines)
+    if options["output"] is not None:
+        _write(options["output"], frame, expected.columns(frame), say)
+    return PredictedServing(
+        rows=len(frame),
+        rejections=_counted(expected.rows.rejection),
+        output=options["output"],
+        series=serving_forecast.accuracy(frame, expected),
+        factors=serving_forecast.factors(expected.rows.scenarios, engines),
+    )
+
+
+def _counted(rejection: Sequence[str]) -> Mapping[str, int]:
+    counts = pd.Series(list(rejection), dtype=object).value_counts()
+    return {str(reason): int(count) for reason, count in counts.items() if reason != ""}
+
+
+def _show_rejections(rows: int, rejections: Mapping[str, int], console: Console) -> None:
+    rejected = sum(rejections.values())
+    console.print(f"{rows - rejected} of {rows} rows predicted" + (":" if rejected else "."))
+    reasons = sorted(rejections.items(), key=lambda item: -item[1])
+    for reason, count in reasons[:_MOST_REASONS]:
+        console.print(f"  {count:>6} not: {reason}", soft_wrap=True, markup=False)
+    if rest := reasons[_MOST_REASONS:]:
+        console.print(f"  {sum(count for _, count in rest):>6} not, for {len(rest)} more reasons")
 
 
 def _check_table(words: Sequence[str], options: Mapping[str, Any]) -> None:
@@ -328,10 +413,10 @@ def _read(path: Path, say: Say) -> pd.DataFrame:
     return tables.read_table(path)
 
 
-def _write(path: Path, frame: pd.DataFrame, expected: Forecast, say: Say) -> None:
+def _write(path: Path, frame: pd.DataFrame, predicted: pd.DataFrame, say: Say) -> None:
     if len(frame) > _MANY:
         say(f"writing {path}")
     try:
-        files.write_text(path, tables.csv_text(frame, expected.columns(frame)))
+        files.write_text(path, tables.csv_text(frame, predicted))
     except OSError as error:
         raise InputError(f"--output: {path}: cannot be written: {error.strerror or error}") from error

@@ -22,6 +22,14 @@ from numpy.typing import NDArray
 
 from hptool import files
 from hptool.candidates import AXES, BoolColumn, IntColumn, Layouts, Recompute, Workload
+from hptool.cells import MOST as _MOST
+from hptool.cells import Row, RowError
+from hptool.cells import count as _count
+from hptool.cells import is_empty as _is_empty
+from hptool.cells import optional as _optional
+from hptool.cells import shown as _shown
+from hptool.cells import switch as _switch
+from hptool.cells import word as _word
 from hptool.errors import InputError
 from hptool.facts import Cluster, Framework, GpuSpec, ModelShape, Network, Precision
 from hptool.predict import stack
@@ -70,9 +78,6 @@ COLUMNS = (*_SCENARIO, *_CUT, "recompute", "mem_kind")
 _EMPTY = ("", "NA", "N/A", "#N/A", "n/a", "NaN", "nan", "-nan", "null", "NULL", "None", "<NA>")
 _NONE_IS_A_WORD = ("recompute", "zero_stage_or_dist_opt")
 
-#: More than any count of a real run: what is larger would overflow.
-_MOST = 2**24
-
 #: Up to which whole numbers are exact as floats.
 _MOST_EXACT = 2**53
 
@@ -82,9 +87,6 @@ _WRITTEN_AT_ONCE = 2**14
 #: Texts of which it is kept what they stand for.
 _TEXTS = 4096
 
-#: Characters of a cell that an error shows.
-_SHOWN = 60
-
 #: Values tried where a row leaves an axis open.
 _OPEN_TP = (1, 2, 4, 8)
 _OPEN_MBS = (1, 2, 4, 8, 16)
@@ -92,12 +94,6 @@ _MOST_OPEN_VPP = 12
 _OPEN_BLOCKS = (0.25, 0.5)
 
 _STAGE_OF_SHARDED_WEIGHTS = 3
-
-Row = Mapping[Any, Any]
-
-
-class RowError(ValueError):
-    """Why a row cannot be predicted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,83 +253,16 @@ def _with_gpus(frame: pd.DataFrame, facts: "_Facts") -> pd.DataFrame:
     return frame.assign(gpus=gpus.where(~unknown, pd.Series(np.maximum(replicas, node), frame.index, dtype=object)))
 
 
-# ---------------------------------------------------------------- cells
-
-
-def _number(row: Row, name: str) -> float | None:
-    """A cell as a number; None where it is empty."""
-    value = row.get(name)
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    if _is_empty(value):
-        return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(cast("Any", value))
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if math.isnan(number):
-        raise RowError(f"{name}: {_shown(value)} given, allowed is a number")
-    if math.isinf(number):
-        raise RowError(f"{name}: {_shown(value)} given, allowed is a finite number")
-    return number
-
-
-def _is_empty(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or value is pd.NA or (isinstance(value, str) and not value.strip())
-
-
-def _shown(value: object) -> str:
-    """A cell in an error: in one line, and not the whole of a long one."""
-    value = value.item() if isinstance(value, np.generic) else value
-    text = f"{value:.15g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
-
-
-def _count(row: Row, name: str, default: int | None = None) -> int:
-    """A cell as a whole number of 1 or more."""
-    value = _number(row, name)
-    if value is None and default is not None:
-        return default
-    if value is None or value < 1 or value != int(value):
-        given = "nothing" if value is None else _shown(row.get(name))
-        raise RowError(f"{name}: {given} given, allowed is a whole number of 1 or more")
-    if value > _MOST:
-        raise RowError(f"{name}: {_shown(row.get(name))} given, allowed is at most {_MOST}")
-    return int(value)
-
-
-def _optional(row: Row, name: str) -> int | None:
-    return None if _number(row, name) is None else _count(row, name)
-
-
-def _word(row: Row, name: str) -> str:
-    value = row.get(name)
-    return "" if _is_empty(value) else str(value).strip()
-
-
-def _switch(row: Row, name: str, default: bool) -> bool:  # noqa: FBT001 (a cell's default)
-    """A cell as on or off; `unknown` and nothing are the default."""
-    word = _word(row, name).lower()
-    if word in ("", "unknown"):
-        return default
-    if word in ("1", "1.0", "true"):
-        return True
-    if word in ("0", "0.0", "false"):
-        return False
-    raise RowError(f"{name}: {_shown(word)} given, allowed is 0, 1 or unknown")
-
-
 # ---------------------------------------------------------------- scenarios
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Families:
+class Families:
     """`base_configs/families.yaml`."""
 
     families: Mapping[str, Mapping[str, bool]]
     experts: Mapping[str, tuple[int, int, int, int, int]]
+    head_widths: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,7 +272,7 @@ class _Facts:
     gpus: Mapping[str, GpuSpec]
     frameworks: Sequence[tuple[re.Pattern[str], Framework]]
     networks: Sequence[tuple[Sequence[str], Network]]
-    models: _Families
+    models: Families
 
 
 @functools.lru_cache(maxsize=_TEXTS)
@@ -361,6 +290,12 @@ def _network(text: str) -> Network | None:
 
 
 @functools.cache
+def read_families() -> Families:
+    """What families' and models' names say where a table does not."""
+    return files.read(files.data_directory("base_configs") / "families.yaml", Families)
+
+
+@functools.cache
 def _facts() -> _Facts:
     frameworks = files.read_frameworks()
     aliases = [(alias.lower(), name) for name, framework in frameworks.items() for alias in framework.aliases]
@@ -369,7 +304,7 @@ def _facts() -> _Facts:
         gpus=files.read_gpus(),
         frameworks=[(re.compile(fnmatch.translate(alias)), frameworks[name]) for alias, name in aliases],
         networks=[([word.lower() for word in network.words], network) for network in files.read_networks()],
-        models=files.read(files.data_directory("base_configs") / "families.yaml", _Families),
+        models=read_families(),
     )
 
 
@@ -439,7 +374,7 @@ def _zero_stage(word: str, default: int) -> int:
     return 1 if word.startswith("distributed") else 0
 
 
-def _shape(row: Row, models: _Families) -> ModelShape:
+def _shape(row: Row, models: Families) -> ModelShape:
     family = _word(row, "family").lower() or "gpt3"
     notes = _word(row, "notes")
     if family not in models.families:
@@ -498,7 +433,7 @@ def _shape(row: Row, models: _Families) -> ModelShape:
     return shape
 
 
-def _experts(row: Row, notes: str, models: _Families) -> tuple[int, int, int, int, int] | None:
+def _experts(row: Row, notes: str, models: Families) -> tuple[int, int, int, int, int] | None:
     """Experts, experts for each token, their width (0: ffn), that of shared ones, layers without; None: no experts."""
     if match := re.search(r"num_experts=(\d+), topk=(\d+)", notes):
         number, per_token = _from_notes(match)
