@@ -24,7 +24,7 @@ demo: $(VENV)/.worker
 demo-inference: $(VENV)/.worker
 	@echo "make demo-inference: finding the fastest way to serve a tiny GPT-3 on up to two processes; about a minute"
 	$(BIN)/hptool search-inference --model gpt3/tiny --cluster local --results $(INFERENCE_RESULTS) --resume \
-	  --workload 32:16,128:16 --tp 1,2 --pp 1,2 --batch-sizes 1,2,4,8,16 --max-ttft-ms 150
+	  --workload 32:16,96:16 --tp 1,2 --pp 1,2 --batch-sizes 1,2,4,8,16 --max-ttft-ms 150
 
 test: $(VENV)/.dev browser
 	@echo "make test: unit, numerics, local and Slurm tests; about 25 minutes on two cores"

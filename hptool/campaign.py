@@ -153,7 +153,7 @@ class Campaign:
         for task in tasks:
             submission = Submission(
                 name=task.name,
-                run=self.results.prepare_run(task.name, self.agenda.texts(task)),
+                run=self.results.prepare_run(task.name, self.agenda.texts(task), self.under_way),
                 token=uuid.uuid4().hex[:12],
                 nodes=task.nodes,
                 gpus=task.gpus,

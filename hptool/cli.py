@@ -209,7 +209,7 @@ Examples:
   hptool search-inference --model gpt3/tiny --cluster local --workload 32:8 --batch-sizes 1,2,4
   hptool search-inference --model gpt3/5b --cluster dgx-a100 --workload 60:20,200:200 --max-latency-ms 2000
   hptool search-inference --settings search_config/gpt3/5b.yaml --cluster dgx-a100 --dry-run
-  hptool search-inference --model llama3/8b --cluster my.yaml --engine command --command \\
+  hptool search-inference --model llama/llama3_8b --cluster my.yaml --engine command --command \\
     "python time_vllm.py --batch {batch} --input {input_len} --output {output_len} --tp {tp}"
 """
 
@@ -230,20 +230,22 @@ Examples:
 @click.option("--nodes", type=int, help="Nodes that a replica may have at most.  [default: all of the profile]")
 @click.option("--tp", type=_Integers(), default="auto", show_default=True, help="Tensor parallel sizes.")
 @click.option("--pp", type=_Integers(), default="auto", show_default=True, help="Pipeline parallel sizes.")
-@click.option("--batch-sizes", type=_Integers(), default="auto", show_default=True, help="Requests at once; 1 to 256.")
+@click.option(
+    "--batch-sizes", type=_Integers(), default="auto", show_default=True, help="Requests at once; auto is 1 to 256."
+)
 @click.option(
     "--precision",
     type=_Words(("fp32", "bf16", "fp16", "fp8")),
     default="auto",
     show_default=True,
-    help="What GEMMs compute in; auto is the model's.",
+    help="What GEMMs compute in: fp32, bf16, fp16, fp8; auto is the model's.",
 )
 @click.option(
     "--cuda-graphs",
     type=_Words(("on", "off")),
     default="auto",
     show_default=True,
-    help="Launch kernels as graphs; auto tries both on a GPU.",
+    help="Launch kernels as graphs: on, off; auto tries both on a GPU.",
 )
 @click.option("--max-latency-ms", type=float, help="The longest that an answer may take.")
 @click.option("--max-ttft-ms", type=float, help="The longest that its first token may take.")
@@ -438,6 +440,8 @@ def predict_command(as_json: bool, columns: bool, words: tuple[str, ...], **opti
 
     With --model: every layout of a model on a cluster, ranked. With ROWS.csv: each row of a table of runs, in the
     columns of published tables (--columns lists them); rows with measured columns show how good the predictions are.
+    A table with the columns batch, input_len and output_len is one of served points: latency, time to the first token
+    and of each token, and memory.
     """
     _terminate_like_ctrl_c()
     try:
@@ -658,11 +662,10 @@ def train_command(as_json: bool, **options: Any) -> None:  # noqa: FBT001 (click
 @click.option("--grid", "grid_id", metavar="ID", help="Play this grid only.")
 @click.option(
     "--strategy",
-    type=click.Choice(["adaptive", "ranked", "optuna", "random", "grid", "naive"]),
-    default="ranked",
-    show_default=True,
+    type=click.Choice(["adaptive", "ranked", "optuna", "random", "grid", "naive", "guided", "bisect"]),
     help="Which runs: what promises most after each run, by prediction, Optuna's TPE, by chance, nested loops, or "
-    "least model parallelism first.",
+    "least model parallelism first. For tables of serving guided, bisect, ranked or grid.  "
+    "[default: ranked; serving: guided]",
 )
 @click.option(
     "--primary/--all", "primary_only", default=False, show_default=True, help="Grids whose grid_use is primary, or all."
@@ -680,15 +683,17 @@ def replay_command(results: Path, verbose: bool, as_json: bool, **options: Any) 
     Rows of the CSV with the same grid_id are recorded runs of one model on one cluster. A strategy says which to run;
     each try costs one run, a failed one too. Says how many runs it takes until a layout within 2 % of the best was
     tried, and where the strategy stops by itself, after how many runs and how good the best of them is.
+
+    A CSV with the columns batch, input_len and output_len has points of serving. Those of one series, model, GPU,
+    engine and lengths are a grid, in which the best within several limits and the frontier are searched.
     """
     try:
         # Here and not above, because pandas takes a second that --help should not cost.
         from rich.console import Console  # noqa: PLC0415
 
-        from hptool import replay, tables  # noqa: PLC0415
+        from hptool import replay  # noqa: PLC0415
 
-        frame = tables.read_table(results, required=("grid_id",))
-        made = replay.replay(frame, source=str(results), say=_say, **options)
+        made = replay.replay_table(results, say=_say, **options)
         if as_json:
             click.echo(json.dumps(replay.as_json(made), indent=2))
         else:

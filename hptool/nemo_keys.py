@@ -18,12 +18,16 @@ PRECISIONS: Mapping[str | int, Precision] = {
     32: "fp32",
     "32": "fp32",
     "32-true": "fp32",
+    16: "fp16",
+    "16": "fp16",
+    "16-mixed": "fp16",
 }
 
 #: The keys of each precision of GEMMs. 8 bits are NeMo's usual two formats: more fraction forward, more range backward.
 PRECISION_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "fp32": ("trainer.precision=32", "model.fp8=false"),
     "bf16": ("trainer.precision=bf16", "model.fp8=false"),
+    "fp16": ("trainer.precision=16", "model.fp8=false"),
     "fp8": ("trainer.precision=bf16", "model.fp8=true", "model.fp8_e4m3=false", "model.fp8_hybrid=true"),
 }
 
@@ -50,7 +54,7 @@ class TrainerSection:
     num_nodes: int
     devices: int
     accelerator: Literal["gpu", "cpu"] = "gpu"
-    precision: Literal["bf16", "bf16-mixed", 32, "32", "32-true"] = "bf16"
+    precision: Literal["bf16", "bf16-mixed", 32, "32", "32-true", 16, "16", "16-mixed"] = "bf16"
     logger: bool = False
     enable_checkpointing: Literal[False] = False
     use_distributed_sampler: bool = False

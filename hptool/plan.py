@@ -171,11 +171,15 @@ def with_facts_of(plan: Plan, directory: Path) -> Plan:
         begun = read_plan(directory).cluster
     except InputError:
         return plan  # which says more when the search is to begin there
-    cluster = plan.cluster
+    cluster = facts_of(plan.cluster, begun)
+    return plan if cluster is plan.cluster else make_plan(plan.request, plan.framework.name, cluster)
+
+
+def facts_of(cluster: Cluster, begun: Cluster) -> Cluster:
+    """The cluster with the other one's facts of the same GPU; the same cluster where those are the same."""
     if begun.gpu.name != cluster.gpu.name or begun.gpu == cluster.gpu:
-        return plan
-    facts = {name: getattr(begun, name) for name in ("gpu", "intra_node", "inter_node")}
-    return make_plan(plan.request, plan.framework.name, replace(cluster, **facts))
+        return cluster
+    return replace(cluster, gpu=begun.gpu, intra_node=begun.intra_node, inter_node=begun.inter_node)
 
 
 def read_plan(directory: Path) -> Plan:

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hptool import files, tables
+from hptool import files, serving_replay, serving_strategy, serving_tables, tables
 from hptool import strategy as strategies
 from hptool.candidates import BoolColumn, IntColumn, Recompute
 from hptool.errors import InputError
@@ -352,6 +353,9 @@ def replay(
     Rows beyond `max_tp` or `max_nodes` are taken out before grids are formed. `say` gets a line every two seconds.
     """
     if strategy not in STRATEGIES:
+        if strategy in serving_strategy.STRATEGIES:
+            allowed = ", ".join(STRATEGIES)
+            raise InputError(f"--strategy: {strategy!r} is not for tables of training runs; allowed are {allowed}")
         raise InputError(f"--strategy: unknown strategy {strategy!r}; {files.nearest(strategy, list(STRATEGIES))}")
     kind = STRATEGIES[strategy]
     frame = _within(_checked(frame, source, tables.REQUIRED if kind.predicts else ()), source, max_tp, max_nodes)
@@ -425,6 +429,23 @@ def _choices(frame: pd.DataFrame, grids: Sequence[_Grid], *, predicts: bool) -> 
             predicted=expected.row[entries] - start,
         )
         start = end
+
+
+def replay_table(
+    path: Path, strategy: str | None = None, *, say: Callable[[str], None] = lambda _: None, **options: Any
+) -> "Replay | serving_replay.ServingReplay":
+    """Plays `strategy`, or the usual one, in the grids of a CSV file, of training runs or of served points.
+
+    `options` are those of `replay`. Of those that are given, tables of served points take `grid_id` alone.
+    """
+    if not serving_tables.is_serving(path):
+        frame = tables.read_table(path, required=("grid_id",))
+        return replay(frame, strategy or "ranked", source=str(path), say=say, **options)
+    flags = {"primary_only": "--primary", "max_tp": "--max-tp", "max_nodes": "--max-nodes", "seed": "--seed"}
+    if given := [flag for name, flag in flags.items() if options.get(name)]:
+        raise InputError(*(f"{flag}: given, but {path} is a table of serving; allowed is --grid" for flag in given))
+    frame = tables.read_table(path, serving_tables.REQUIRED)
+    return serving_replay.replay(frame, strategy or "guided", source=str(path), grid_id=options.get("grid_id"), say=say)
 
 
 # ---------------------------------------------------------------- tables of results
@@ -513,8 +534,10 @@ def _words(frame: pd.DataFrame, column: str) -> list[str]:
 # ---------------------------------------------------------------- output
 
 
-def as_json(made: Replay) -> Mapping[str, Any]:
+def as_json(made: Replay | serving_replay.ServingReplay) -> Mapping[str, Any]:
     """The whole result for programs."""
+    if isinstance(made, serving_replay.ServingReplay):
+        return serving_replay.as_json(made)
     return {
         "grids": [
             {
@@ -566,8 +589,11 @@ def _number(value: float | None) -> float | None:
     return int(value) if value is not None and value.is_integer() else value
 
 
-def print_replay(made: Replay, console: Console, *, each_grid: bool = False) -> None:
+def print_replay(made: Replay | serving_replay.ServingReplay, console: Console, *, each_grid: bool = False) -> None:
     """The summary in 80 columns, and before it every grid where that is asked for."""
+    if isinstance(made, serving_replay.ServingReplay):
+        serving_replay.print_replay(made, console, each_grid=each_grid)
+        return
     if each_grid and made.grids:
         console.print(_grid_table(made))
         console.print()

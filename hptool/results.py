@@ -187,6 +187,8 @@ class ResultsDirectory:
         only_planned = not self._submissions.exists() and not self._outcomes.exists()
         if not resume and not only_planned:
             raise InputError(f"{self.path}: holds this search already; go on with --resume or choose another --results")
+        if held.get("asked") != plan.get("asked"):  # limits and wishes are those of who goes on; a report is of them
+            files.write_text(self._plan, files.json_text({**held, "asked": plan.get("asked")}))
 
     def write_candidates(self, texts: Iterable[tuple[str, str]]) -> None:
         """`candidates/NAME.yaml` for every (name, text): all of them or none."""
@@ -203,11 +205,14 @@ class ResultsDirectory:
         """Where a run lives."""
         return self.path / "runs" / run
 
-    def prepare_run(self, name: str, texts: Mapping[str, str]) -> str:
-        """A fresh directory with these files, by name, for a run of the layout `name`; what the run is called."""
+    def prepare_run(self, name: str, texts: Mapping[str, str], under_way: Collection[str] = ()) -> str:
+        """A fresh directory with these files, by name, for a run of the layout `name`; what the run is called.
+
+        Runs `under_way` keep theirs, though they may have left nothing there yet.
+        """
         tries = itertools.count(1)
         runs = (name if k == 1 else f"{name}.{k}" for k in tries)
-        run = next(run for run in runs if not _was_tried(self.run_directory(run), texts))
+        run = next(run for run in runs if run not in under_way and not _was_tried(self.run_directory(run), texts))
         for file_name, text in texts.items():
             files.write_text(self.run_directory(run) / file_name, text)
         return run

@@ -77,7 +77,7 @@ def _of_run(
         return
     points = {point.name: point for point in served.points}
     failures = {failure.name: failure.kind for failure in served.failures}
-    is_cut = False
+    cut = cut_off(record)
     for part in asked:
         row = rows[record.name, part]
         if part in points:
@@ -85,11 +85,17 @@ def _of_run(
         elif part in failures:
             ending = Ending.OOM if failures[part] is FailureKind.OOM else Ending.FAILED
             yield row, ServedTrial(row=row, ending=ending)
-        elif part in served.skipped or is_cut:
-            yield row, None
-        else:  # the run was ended in this point; of those after it nobody knows
-            is_cut = True
-            yield row, ServedTrial(row=row, ending=Ending.FAILED)
+        else:  # of a point that it did not come to nobody knows
+            yield row, ServedTrial(row=row, ending=Ending.FAILED) if part == cut else None
+
+
+def cut_off(record: OutcomeRecord) -> str | None:
+    """The point in which a run that gave others was ended without a word; None where it came to its own end."""
+    served = record.serving
+    if served is None:
+        return None
+    told = {*(point.name for point in served.points), *(failure.name for failure in served.failures), *served.skipped}
+    return next((part for part in record.parts if part not in told), None)
 
 
 class ServingAgenda:
@@ -130,9 +136,7 @@ class ServingAgenda:
             limit = self.plan.request.limit_search_runs
             return Wait() if flying else Stop(why=f"{limit} points were measured, which is the limit")
         step = self._strategy.next([*trials, *flying])
-        if isinstance(step, Sitting):
-            return self.task(step, room)
-        return step if isinstance(step, Stop) else Wait()  # a strategy has its own word for it
+        return self.task(step, room) if isinstance(step, Sitting) else step
 
     def task(self, sitting: Sitting, room: int | None = None) -> Task:
         """A sitting as a run; of its points the first `room`."""

@@ -12,7 +12,10 @@ from hptool.serving import Lengths, ServingLayout, ServingPoint
 _AUTO_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 #: What the worker's own loop computes in: its layers are not those of Transformer Engine.
-_LOOP: tuple[Precision, ...] = ("fp32", "bf16")
+_LOOP: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+
+#: What the config of a run can say (`nemo_keys.PRECISION_OVERRIDES`), whoever answers.
+_CONFIG: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +50,7 @@ def enumerate_points(
     """Every point of the space that can start on `nodes` nodes, each once, and the rest counted by reason.
 
     `precision` is the model's own. With `loop` the worker's own loop serves, which cannot do all that engines can.
-    Layouts that cannot start count once for each of their points.
+    Layouts that cannot start count once for each of their points. Lengths come in the order in which they are given.
     """
     gpus = nodes * cluster.gpus_per_node
     sizes = [size for size in range(1, gpus + 1) if gpus % size == 0]
@@ -64,7 +67,7 @@ def enumerate_points(
         if space.tp is None and space.pp is None and layout.gpus > gpus:
             continue  # nobody asked for it
         refused = next(_layout_rules(layout, shape, cluster, gpus, loop=loop), None)
-        for asked, batch in itertools.product(sorted(set(lengths)), sorted(set(space.batch_sizes or _AUTO_BATCHES))):
+        for asked, batch in itertools.product(dict.fromkeys(lengths), sorted(set(space.batch_sizes or _AUTO_BATCHES))):
             point = ServingPoint(layout=layout, lengths=asked, batch=batch)
             reason = refused or next(_point_rules(point, shape), None)
             if reason is None:
@@ -85,9 +88,10 @@ def _layout_rules(
     rules = [
         (f"{cluster.gpu.name} does not compute in {layout.precision}", layout.precision not in cluster.gpu.peak_tflops),
         (
-            f"hptool's own loop serves in {' and '.join(_LOOP)}, not in {layout.precision}",
+            f"hptool's own loop serves in {', '.join(_LOOP)} and no {layout.precision}",
             loop and layout.precision not in _LOOP,
         ),
+        (f"hptool's configs know {', '.join(_CONFIG)} and no {layout.precision}", layout.precision not in _CONFIG),
         ("CUDA graphs need a model without experts", loop and layout.cuda_graphs and shape.num_experts),
         (
             f"CUDA graphs need a GPU, and {cluster.gpu.name} is none",
@@ -114,8 +118,8 @@ def _layout_rules(
 def _point_rules(point: ServingPoint, shape: ModelShape) -> Iterator[str]:
     """What stands against a point of a layout that could start."""
     lengths, most = point.lengths, shape.max_position_embeddings
-    longest = lengths.input_len + lengths.output_len
+    longest = lengths.input_len + lengths.output_len - 1  # the last token is not read again
     if shape.encoder_num_layers:  # a prompt is the encoder's, and an answer the decoder's
-        longest = max(lengths.input_len, lengths.output_len + 1)
+        longest = max(lengths.input_len, lengths.output_len)
     if shape.learned_positions and longest > most:
         yield f"prompt and answer have more tokens than the model's {most} positions"

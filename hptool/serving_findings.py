@@ -1,6 +1,7 @@
 """What a serving search found: its records, its plan and what was learnt, as the report's rows."""
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 from hptool import files
 from hptool.campaign import spent_gpu_hours
 from hptool.cost import Estimate
-from hptool.measurement import Failure, PointFailure, ServedPoint
+from hptool.measurement import Failure, FailureKind, PointFailure, ServedPoint
 from hptool.plan import facts_remark
 from hptool.report import Spent
 from hptool.results import SERVING, OutcomeRecord, ResultsDirectory
-from hptool.serving_agenda import percentile, rows_of, trials_of
+from hptool.serving import Lengths, ServingLayout
+from hptool.serving_agenda import cut_off, percentile, rows_of, trials_of
 from hptool.serving_plan import ServingPlan, by_promise
 from hptool.serving_report import (
     Answer,
@@ -94,6 +96,7 @@ def make_serving_report(search: ServingSearch, notes: Sequence[str] = ()) -> Ser
         answers=answers,
         expected=_expected(plan, learned),
         trust=_trust(plan, trials, left_out),
+        skipped=_skipped(plan, made, learned) if search.ended else {},
         spent=Spent(
             gpu_hours=spent_gpu_hours(plan.cluster, results, records),
             runs=len(records),
@@ -115,6 +118,8 @@ def _tried(rows: Mapping[tuple[str, str], int], records: Iterable[OutcomeRecord]
         for part in record.parts:
             row = rows.get((record.name, part))
             failure = record.failure or failures.get(part)
+            if part == cut_off(record):
+                failure = PointFailure(name=part, kind=FailureKind.CRASH, message="its run was ended at work on it")
             if row is None or (part not in served and failure is None):
                 continue
             if row in found and found[row].served:
@@ -213,6 +218,26 @@ def _expected(plan: ServingPlan, view: ServingView) -> list[ExpectedPoint]:
                 ExpectedPoint(layout=point.layout, lengths=point.lengths, batch=point.batch, predicted=predicted)
             )
     return found
+
+
+def _skipped(plan: ServingPlan, made: Mapping[int, ServingRow], view: ServingView) -> dict[str, int]:
+    """Points that were not tried, by the reason."""
+    least: dict[tuple[ServingLayout, Lengths], int] = {}  # the smallest batch that was too much
+    for one in made.values():
+        if not one.meets_targets:
+            key = one.layout, one.lengths
+            least[key] = min(one.batch, least.get(key, one.batch))
+    counts = Counter[str]()
+    for row, point in enumerate(plan.points.rows()):
+        if row in made:
+            continue
+        if point.batch > least.get((point.layout, point.lengths), point.batch):
+            counts["a smaller batch failed, or was beyond the limits"] += 1
+        elif view.p_fit[row] < 0.5:  # noqa: PLR2004 (more likely than not)
+            counts["not expected to fit into memory"] += 1
+        else:
+            counts["not expected to gain enough, or more than the search was to spend"] += 1
+    return dict(counts)
 
 
 def _engine(plan: ServingPlan, records: Iterable[OutcomeRecord]) -> str:

@@ -18,13 +18,14 @@ from hptool.candidates import IntColumn, Layout
 from hptool.errors import InputError, NoFeasibleLayout
 from hptool.facts import Cluster, Engine, Submit
 from hptool.nemo_keys import PRECISION_OVERRIDES
-from hptool.plan import not_a_plan, read_config, revision
+from hptool.plan import facts_of, not_a_plan, read_config, revision
 from hptool.predict.inference import ServingPredictions, predict_serving
 from hptool.presets import lightning_time
 from hptool.serving import Lengths, Objective, ServingLayout, ServingPoint, ServingPoints, Targets
 from hptool.serving_candidates import ServingCandidates, ServingSpace, enumerate_points
 from hptool.serving_orders import FEWEST_REPEATS, ServingOrders
 from hptool.serving_strategy import ServingLandscape, landscape_of
+from hptool.worker.orders import newest_checkpoint
 from hptool.worker.refusals import refuse_unservable
 
 #: Whose constants predict the worker's own loop, and a command of the user's: `cluster/engines/`.
@@ -32,6 +33,12 @@ _ENGINES = {"megatron": "hptool-worker", "command": "other"}
 
 #: What `plan.json` calls a search of this kind.
 KIND = "serving"
+
+#: Every checkpoint of Megatron-core's has this file.
+_CHECKPOINT_MARK = "metadata.json"
+
+#: What any model can answer.
+_SHORTEST = (Lengths(input_len=1, output_len=1),)
 
 #: Of a run's minutes no point is begun in the last part, so that it ends in order and keeps what it measured.
 _LAST_PART = 0.1
@@ -63,6 +70,8 @@ class ServingRequest:
     dry_run: bool = False
     resume: bool = False
     overrides: Sequence[str] = ()
+    #: Axes that a file lists and not the command line: values that no layout can have are left out, and no mistake.
+    from_file: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -133,7 +142,7 @@ class ServingPlan:
         for site in ("slurm", "environment", "source"):  # how jobs get there does not change what they measure
             del cluster[site]
         asked = dataclasses.asdict(request)
-        for fixed in ("model", "cluster", "results", "dry_run", "resume", "overrides"):
+        for fixed in ("model", "cluster", "results", "dry_run", "resume", "overrides", "from_file"):
             del asked[fixed]
         same = ("workload", "space", "repeats", "engine", "command", "checkpoint", "max_minutes_per_run")
         return {
@@ -160,8 +169,20 @@ def make_serving_plan(request: ServingRequest, cluster: Cluster | None = None) -
         raise InputError(f"--nodes: {nodes} given, allowed is 1 to {cluster.nodes} ({request.cluster})")
     if request.parallel is not None and request.parallel > 1 and cluster.scheduler == "local":
         raise InputError(f"--parallel: {request.parallel} given, allowed is 1: runs on this machine share its devices")
+    request = replace(request, checkpoint=_checkpoint(request.checkpoint))
     config = read_config(request.model, request.overrides, cluster, nodes)
+    _check_values(request, config, cluster, nodes)
     return _plan(request, cluster, nodes, config, files.read_engine(_ENGINES[request.engine]))
+
+
+def with_facts_of(plan: ServingPlan, directory: Path) -> ServingPlan:
+    """The plan with the facts of the GPU with which the search in `directory` began, as `plan.with_facts_of`."""
+    try:
+        begun = read_serving_plan(directory).cluster
+    except InputError:
+        return plan  # which says more when the search is to begin there
+    cluster = facts_of(plan.cluster, begun)
+    return plan if cluster is plan.cluster else make_serving_plan(plan.request, cluster)
 
 
 def read_serving_plan(directory: Path) -> ServingPlan:
@@ -212,7 +233,11 @@ def _plan(request: ServingRequest, cluster: Cluster, nodes: int, config: BaseCon
     )
     # What no layout could mend is better refused here than by every run.
     first = candidates.points[0]
-    refuse_unservable(plan.config_of(first.layout), plan.orders_of([first], stops_early=False), request.model)
+    try:
+        orders = plan.orders_of([first], stops_early=False)
+    except ValueError as error:
+        raise InputError(*(f"--{line}" for line in str(error).splitlines())) from error
+    refuse_unservable(plan.config_of(first.layout), orders, request.model)
     return plan
 
 
@@ -261,6 +286,49 @@ def _check_numbers(request: ServingRequest) -> None:
         problems.append("--workload: nothing given, allowed is INPUT:OUTPUT in tokens, such as 60:20,200:200")
     if problems:
         raise InputError(*problems)
+
+
+def _check_values(request: ServingRequest, config: BaseConfig, cluster: Cluster, nodes: int) -> None:
+    """A listed value that no legal layout has, whatever the other axes, is a mistake and not a rejection."""
+    space, loop = request.space, request.engine == "megatron"
+
+    def why_not(lengths: Sequence[Lengths] = _SHORTEST, **axes: Any) -> str | None:
+        given = replace(ServingSpace(precision=space.precision, cuda_graphs=space.cuda_graphs), **axes)
+        known = enumerate_points(
+            given, lengths, config.shape, cluster, nodes=nodes, precision=config.precision, loop=loop
+        )
+        return None if known.points else max(known.rejections, key=lambda r: r.count).reason
+
+    def problems(axes: Sequence[str]) -> list[str]:
+        found = []
+        for axis in axes:
+            for value in () if axis in request.from_file else getattr(space, axis) or ():
+                if (reason := why_not(**{axis: (value,)})) is not None:
+                    word = {True: "on", False: "off"}.get(value, value) if axis == "cuda_graphs" else value
+                    option = f"--{axis.replace('_', '-')}"
+                    found.append(f"{option}: {word} given, but no layout can have it: {reason}")
+        return found
+
+    found = problems(("precision", "cuda_graphs"))
+    if not found and why_not() is None:  # where nothing can start no value is to blame
+        found = problems(("tp", "pp", "batch_sizes"))
+        for lengths in request.workload:
+            if (reason := why_not((lengths,))) is not None:
+                found.append(f"--workload: {lengths.name} given, but no layout can answer it: {reason}")
+    if found:
+        raise InputError(*found)
+
+
+def _checkpoint(given: str | None) -> str | None:
+    """Where it lies, from wherever the runs are started; InputError where nothing of the kind does."""
+    if given is None:
+        return None
+    path = Path(given).absolute()
+    if newest_checkpoint(path) is None and not (path / _CHECKPOINT_MARK).is_file():
+        raise InputError(
+            f"--checkpoint: {given} given, allowed is a directory of hptool train or one of its checkpoints/step-N"
+        )
+    return str(path)
 
 
 def _nothing_feasible(config: BaseConfig, candidates: ServingCandidates, gpus: int) -> str:

@@ -19,7 +19,14 @@ from hptool.plan import facts_remark
 from hptool.results import ResultsDirectory
 from hptool.serving_agenda import ServingAgenda
 from hptool.serving_findings import ServingSearch, make_serving_report, write_best
-from hptool.serving_plan import ServingPlan, ServingRequest, by_promise, make_serving_plan, read_serving_plan
+from hptool.serving_plan import (
+    ServingPlan,
+    ServingRequest,
+    by_promise,
+    make_serving_plan,
+    read_serving_plan,
+    with_facts_of,
+)
 from hptool.serving_strategy import ServedTrial, ServingView, Sitting
 from hptool.strategy import Ending
 from hptool.units import SECONDS_PER_HOUR, SECONDS_PER_MINUTE
@@ -38,6 +45,13 @@ def search_inference(
     Raises InputError, NoFeasibleLayout or LaunchError; a failed run is no error but a row of the report.
     """
     plan = make_serving_plan(request)
+    if request.resume:
+        begun = with_facts_of(plan, plan.directory)
+        if begun is not plan:
+            screen.say(
+                f"the facts of {plan.cluster.gpu.name} have changed: this search goes on with those it began with"
+            )
+            plan = begun
     for remark in (facts_remark(plan.cluster), catalogue.remark(request.model)):
         if remark is not None:
             screen.say(remark)

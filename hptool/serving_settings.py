@@ -1,5 +1,6 @@
 """What a serving search is asked on the command line, or in the predecessor's YAML keys (`inference_settings`)."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ from hptool.serving import Lengths, Targets
 from hptool.serving_candidates import ServingSpace
 from hptool.serving_plan import ServingRequest
 
+#: Of its `time_limit`: H:M:S or D-H:M:S, as sbatch reads it.
+_LIMIT = re.compile(r"(?:([0-9]+)-)?([0-9]+):([0-9]{1,2}):([0-9]{1,2})")
+
 #: Its `data_type`s in hptool's words.
 _PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "bf16", "bf16": "bf16"}
 
@@ -25,7 +29,7 @@ class RunSettings:
     model_train_name: str | None = None
     gpus_per_node: int | None = None
     data_type: Literal["fp32", "fp16", "bf16"] = "fp16"
-    time_limit: str = "0:30:00"
+    time_limit: str | int = "0:30:00"
     results_dir: str | None = None
     tensor_parallel_sizes: tuple[int, ...] | None = None
     pipeline_parallel_sizes: tuple[int, ...] | None = None
@@ -59,8 +63,11 @@ class Asked:
     remarks: tuple[str, ...]
 
 
-def read_settings(path: Path) -> Asked:
-    """The options that a search config of the predecessor stands for; it may hold its training search as well."""
+def read_settings(path: Path, *, names_model: bool = True) -> Asked:
+    """The options that a search config of the predecessor stands for; it may hold its training search as well.
+
+    Its model is not looked at where it is not to name one.
+    """
     document = files.read_yaml(path)
     if not isinstance(document, dict) or "inference_settings" not in document:
         raise InputError(f"{path}: inference_settings: required key is missing")
@@ -80,12 +87,14 @@ def read_settings(path: Path) -> Asked:
         "batch_sizes": benchmark.batch_sizes,
         "precision": (_PRECISIONS[run.data_type],),
         "max_minutes_per_run": _minutes(run.time_limit, path),
-        "results": Path(run.results_dir) if run.results_dir and not run.results_dir.startswith("$") else None,
-        "model": _model(run, path),
+        "results": Path(run.results_dir) if run.results_dir and "${" not in run.results_dir else None,
+        "model": _model(run, path) if names_model else None,
     }
     remarks = ["topk and topp are read and change nothing: what is drawn from the last token takes no time to speak of"]
     if run.data_type == "fp16":
         remarks.append("data_type fp16 is timed in bf16, which computes at the same rate")
+    if run.gpus_per_node is not None:
+        remarks.append("gpus_per_node changes nothing: the cluster's profile says how many GPUs a node has")
     return Asked(options={name: value for name, value in options.items() if value is not None}, remarks=tuple(remarks))
 
 
@@ -102,16 +111,14 @@ def _model(run: RunSettings, path: Path) -> str | None:
     return name
 
 
-def _minutes(limit: str, path: Path) -> float:
-    """Of H:M:S or D-H:M:S, as sbatch reads it."""
-    days, _, rest = limit.rpartition("-")
-    try:
-        hours, minutes, seconds = (int(part) for part in rest.split(":"))
-        found = (int(days or 0) * 24 + hours) * 60 + minutes + seconds / 60
-    except ValueError as error:
+def _minutes(limit: str | int, path: Path) -> float:
+    found = _LIMIT.fullmatch(str(limit))
+    if found is None:
+        hint = "; YAML reads 1:30:00 as a number of seconds, so quote it" if isinstance(limit, int) else ""
         key = "inference_settings.run.time_limit"
-        raise InputError(f"{path}: {key}: {limit!r} given, allowed is H:MM:SS") from error
-    return found
+        raise InputError(f"{path}: {key}: {limit!r} given, allowed is H:MM:SS or D-HH:MM:SS{hint}")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return (days * 24 + hours) * 60 + minutes + seconds / 60
 
 
 #: What is asked where neither the command line nor a file says it.
@@ -128,7 +135,9 @@ def request_of(options: Mapping[str, Any]) -> tuple[ServingRequest, tuple[str, .
     """
     given = {name: value for name, value in options.items() if value is not None}
     settings = given.pop("settings", None)
-    asked = read_settings(settings) if settings is not None else Asked(options={}, remarks=())
+    asked = Asked(options={}, remarks=())
+    if settings is not None:
+        asked = read_settings(settings, names_model="model" not in given)
     words = {**_DEFAULTS, **asked.options, **given}
     if "model" not in words:
         raise InputError("--model: required, a preset such as gpt3/5b or the path of a NeMo-Megatron YAML config")
@@ -144,6 +153,7 @@ def request_of(options: Mapping[str, Any]) -> tuple[ServingRequest, tuple[str, .
         space=ServingSpace(**axes),
         targets=Targets(**targets),
         command=_words(command) if command is not None else (),
+        from_file=tuple(axis for axis in _AXES if axis in asked.options and axis not in given),
         **words,
     )
     return request, asked.remarks

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hptool.errors import InputError
-from hptool.measurement import ServedPoint
+from hptool.measurement import Failure, PointFailure, ServedPoint
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
 from hptool.units import MILLI, MINUTES_PER_HOUR, SECONDS_PER_MINUTE
 
@@ -163,16 +163,22 @@ def _tokens_per_s(record: OutcomeRecord) -> float | None:
     return point.tokens_per_s if point else None
 
 
+def _failure(record: OutcomeRecord) -> Failure | PointFailure | None:
+    """Why a run gave nothing at all."""
+    served = record.serving
+    return record.failure or (served.failures[0] if served and not served.points else None)
+
+
 def _line(
     results: ResultsDirectory, submission: Submission, record: OutcomeRecord | None, word: str | None, *, is_gone: bool
 ) -> Line:
     measured = record if record and not record.failure else None
     told = results.read_progress(submission.run) if record is None else None
-    if measured:
+    failure = _failure(record) if record else None
+    if failure:
+        state, detail = RunState.FAILED, f"{failure.kind.value}: {failure.message}"
+    elif measured:
         state, detail = RunState.DONE, ""
-    elif record:
-        assert record.failure  # noqa: S101 (a record has one of both)
-        state, detail = RunState.FAILED, f"{record.failure.kind.value}: {record.failure.message}"
     elif is_gone:
         state, detail = RunState.GONE, _left_behind(results, submission.run, is_known=told is not None)
     elif told:

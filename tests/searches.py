@@ -19,8 +19,17 @@ TINY = (
 
 def start(results: Path, *words: str, cluster: str = "local") -> subprocess.Popen[str]:
     """A search as a user starts it: its own process, its own session as in a terminal."""
-    search = [sys.executable, "-m", "hptool", "search-train", "--cluster", cluster, "--results", str(results)]
-    command = [*search, *TINY, *words]
+    return _start("search-train", "--cluster", cluster, "--results", str(results), *TINY, *words)
+
+
+def start_serving(results: Path, *words: str) -> subprocess.Popen[str]:
+    """As `start`, of a search for the fastest way to serve: short requests, and pipelines of one stage."""
+    search = ("search-inference", "--model", "gpt3/tiny", "--cluster", "local", "--workload", "16:4")
+    return _start(*search, "--pp", "1", "--results", str(results), *words)
+
+
+def _start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "hptool", *words]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )

@@ -42,6 +42,7 @@ def search(tmp_path: Path, *words: str, model: str = "gpt3/tiny", cluster: str =
         ["base-config"],
         ["train"],
         ["calibrate"],
+        ["search-inference"],
     ],
 )
 def test_help_is_frozen(command: list[str], snapshot: SnapshotAssertion) -> None:

@@ -1,4 +1,4 @@
-"""What the predecessor got wrong in base configs, sizes, counts and time limits, and what is right: one test a defect.
+"""What the predecessor got wrong in base configs, sizes, counts, time limits and serving: one test a defect.
 
 Its answers to single inputs are compared in `test_parity.py`; what other tests hold already is not repeated.
 """
@@ -6,17 +6,25 @@ Its answers to single inputs are compared in `test_parity.py`; what other tests 
 from datetime import timedelta
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from hptool import catalogue, launch, rates
+from hptool import catalogue, files, launch, rates
 from hptool.candidates import Layout, Recompute, SearchSpace, Workload, enumerate_layouts, refusal
 from hptool.configuration import ConfigRequest, MadeConfig, make_config
 from hptool.errors import InputError
 from hptool.facts import Cluster
+from hptool.measurement import FailureKind
 from hptool.predict.flops import model_flops_per_sequence
 from hptool.presets import lightning_time
+from hptool.results import ResultsDirectory
+from hptool.serving import ServingLayout, Targets
+from hptool.serving_plan import ServingRequest, make_serving_plan
+from hptool.serving_search import read_serving_report
+from tests import samples
 from tests.conftest import preset_config
 from tests.test_candidates import LIMITS, workload
+from tests.test_serving_agenda import BATCHES, ONE, TWO, plan_of, point, record
 
 
 def made(model: str, **options: object) -> tuple[MadeConfig, list[str]]:
@@ -189,3 +197,45 @@ def test_a19_a_day_has_1440_minutes(minutes: int, clock: str, dgx_a100: Cluster)
     run = launch.Run(name="run", directory=Path("results/x/runs/run"), nodes=1, max_minutes=minutes)
     assert lightning_time(timedelta(minutes=minutes)) == clock
     assert 0 <= launch.run_parameters(run, dgx_a100)["time"] - minutes < 10
+
+
+# ---------------------------------------------------------------- serving
+
+
+@pytest.mark.parametrize("model", ["t5/11b", "mt5/11.9b", "llama/llama3_8b", "mixtral/8x7b", "chatglm/6b", "gpt3/5b"])
+def test_a05_serving_is_a_search_of_its_own_for_every_model_that_writes(model: str) -> None:
+    # The predecessor served GPT-3 alone, and broke off its training searches on the way there.
+    plan = make_serving_plan(ServingRequest(model=model, cluster="dgx-a100", nodes=1))
+    assert plan.engine.name == "hptool-worker"  # which needs no other program to be there
+    assert plan.candidates.points
+
+
+def test_a06_a_run_that_failed_is_a_row_of_a_sorted_table_and_limits_are_kept(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", targets=Targets(max_latency_ms=150.0))
+    results = ResultsDirectory(plan.directory)
+    results.begin(plan.document(), resume=False)
+    results.close()
+    parts = [f"16:4/{batch}" for batch in BATCHES]
+    for ended in (
+        record(failure=samples.failure(FailureKind.CRASH, "no log"), layout=TWO, parts=parts),
+        record(point(1, 100.0), point(2, 125.0), point(4, 160.0), layout=ONE, parts=parts),
+    ):
+        files.append_line(plan.directory / "outcomes.jsonl", files.json_text(ended, indent=None))
+    made = read_serving_report(plan.directory)
+    assert [(row.layout, row.batch, row.meets_targets) for row in made.rows if row.served] == [
+        (ONE, 2, True), (ONE, 1, True), (ONE, 4, False)
+    ]  # fmt: skip
+    assert [(row.layout, row.failure.kind) for row in made.rows if row.failure] == [(TWO, FailureKind.CRASH)] * 3
+    assert made.answers[0].best == made.rows[0]
+    table = pd.read_csv(plan.directory / "results.csv")
+    assert len(table) == 6
+    theirs = pd.read_csv(plan.directory / "final_output.csv")
+    rates = list(theirs["Throughput per GPU [samples/sec/gpu]"])
+    assert rates
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_a37_a_vocabulary_that_divides_is_served_without_padding(tp: int) -> None:
+    plan = make_serving_plan(ServingRequest(model="gpt3/5b", cluster="dgx-a100", nodes=1))
+    assert plan.config_of(ServingLayout(tp=tp)).shape.padded_vocab_size(tp) == 51_200

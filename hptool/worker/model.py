@@ -31,6 +31,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+#: Of weights and activations; where GEMMs take 8 bits, both stay bf16.
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
 def transformer_config(config: BaseConfig) -> TransformerConfig:
     """What Megatron-core has to know. Fusions whose kernels are not installed are refused by name.
 
@@ -38,7 +42,7 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
     """
     refuse_missing_kernels(config)
     model, stack, shape, layout = config.model, config.stack, config.shape, config.layout
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    dtype = _DTYPES.get(config.precision, torch.bfloat16)
     interleaved = layout.vpp > 1
     # Selective recomputation is for the scores of attention, and a flash kernel has kept none: there is nothing to gain
     # from computing it again.
@@ -68,6 +72,7 @@ def transformer_config(config: BaseConfig) -> TransformerConfig:
         use_cpu_initialization=model.use_cpu_initialization,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         **_fp8(config),
         # layout
         tensor_model_parallel_size=layout.tp,

@@ -26,6 +26,11 @@ def refuse_impossible(config: BaseConfig, source: str) -> None:
         problems.append(
             f"{source}: model.optim.overlap_param_sync: True given, allowed is False unless overlap_grad_sync is True"
         )
+    if config.precision == "fp16":
+        problems.append(
+            f"{source}: trainer.precision: {trainer.precision!r} given, allowed for training is 'bf16' or 32: fp16 needs "
+            "losses that are scaled"
+        )
     problems += [f"{source}: {problem}" for problem in (*masking.problems(config), *_unsupported(config))]
     if problems:
         raise InputError(*problems)
