@@ -14,8 +14,8 @@ from hptool.serving_strategy import ServedTrial, Sitting
 from hptool.strategy import Ending, Stop, Wait
 from hptool.units import MILLI
 
-#: How often points are tried again whose run was lost through no fault of theirs, or had no time for them.
-_REPEATS = 2
+#: How often points are tried again whose run was lost through no fault of theirs, or did not come to them.
+REPEATS = 2
 
 #: Passes of a point that are not timed, as often as not.
 _WARMUPS = 2
@@ -55,7 +55,7 @@ def trials_of(
         for row, trial in _of_run(plan, rows, record):
             if trial is None:
                 left[row] += 1
-                if left[row] > _REPEATS:
+                if left[row] > REPEATS:
                     found.setdefault(row, ServedTrial(row=row, ending=Ending.FAILED))
             elif row not in found or (trial.ending is Ending.MEASURED and found[row].ending is not Ending.MEASURED):
                 found[row] = trial
@@ -77,7 +77,6 @@ def _of_run(
         return
     points = {point.name: point for point in served.points}
     failures = {failure.name: failure.kind for failure in served.failures}
-    cut = cut_off(record)
     for part in asked:
         row = rows[record.name, part]
         if part in points:
@@ -85,17 +84,8 @@ def _of_run(
         elif part in failures:
             ending = Ending.OOM if failures[part] is FailureKind.OOM else Ending.FAILED
             yield row, ServedTrial(row=row, ending=ending)
-        else:  # of a point that it did not come to nobody knows
-            yield row, ServedTrial(row=row, ending=Ending.FAILED) if part == cut else None
-
-
-def cut_off(record: OutcomeRecord) -> str | None:
-    """The point in which a run that gave others was ended without a word; None where it came to its own end."""
-    served = record.serving
-    if served is None:
-        return None
-    told = {*(point.name for point in served.points), *(failure.name for failure in served.failures), *served.skipped}
-    return next((part for part in record.parts if part not in told), None)
+        else:  # it did not come to it, or was ended at work on it: by its search, its scheduler, or its node
+            yield row, None
 
 
 class ServingAgenda:

@@ -18,7 +18,7 @@ from hptool.plan import facts_remark
 from hptool.report import Spent
 from hptool.results import SERVING, OutcomeRecord, ResultsDirectory
 from hptool.serving import Lengths, ServingLayout
-from hptool.serving_agenda import cut_off, percentile, rows_of, trials_of
+from hptool.serving_agenda import REPEATS, percentile, rows_of, trials_of
 from hptool.serving_plan import ServingPlan, by_promise
 from hptool.serving_report import (
     Answer,
@@ -67,6 +67,8 @@ def make_serving_report(search: ServingSearch, notes: Sequence[str] = ()) -> Ser
     rows = rows_of(plan)
     trials = trials_of(plan, rows, records)
     tried = _tried(rows, records)
+    for row in {trial.row for trial in trials if trial.ending is Ending.FAILED} - tried.keys():
+        tried[row] = _never_reached(plan, row, records)
     left_out = _each_from_the_others(plan, trials)
     place = {lengths: i for i, lengths in enumerate(plan.request.workload)}  # as they were asked for
     stands = sorted(standing(plan.landscape, trials), key=lambda one: place[one.lengths])
@@ -118,14 +120,21 @@ def _tried(rows: Mapping[tuple[str, str], int], records: Iterable[OutcomeRecord]
         for part in record.parts:
             row = rows.get((record.name, part))
             failure = record.failure or failures.get(part)
-            if part == cut_off(record):
-                failure = PointFailure(name=part, kind=FailureKind.CRASH, message="its run was ended at work on it")
             if row is None or (part not in served and failure is None):
                 continue
             if row in found and found[row].served:
                 continue
             found[row] = _Tried(record=record, served=served.get(part), failure=None if part in served else failure)
     return found
+
+
+def _never_reached(plan: ServingPlan, row: int, records: Sequence[OutcomeRecord]) -> _Tried:
+    """A point that was given up because no run ever came to its end."""
+    point = plan.points.row(row)
+    last = [r for r in records if r.name == point.layout.name and point.name in r.parts][-1]
+    message = f"{REPEATS + 1} runs ended before they had measured it"
+    failure = PointFailure(name=point.name, kind=FailureKind.LOST, message=message)
+    return _Tried(record=last, served=None, failure=failure)
 
 
 def _row(

@@ -9,16 +9,12 @@ from typing import Any, Literal
 
 from hptool import catalogue, files
 from hptool.errors import InputError
-from hptool.facts import Precision
 from hptool.serving import Lengths, Targets
 from hptool.serving_candidates import ServingSpace
 from hptool.serving_plan import ServingRequest
 
 #: Of its `time_limit`: H:M:S or D-H:M:S, as sbatch reads it.
 _LIMIT = re.compile(r"(?:([0-9]+)-)?([0-9]+):([0-9]{1,2}):([0-9]{1,2})")
-
-#: Its `data_type`s in hptool's words.
-_PRECISIONS: dict[str, Precision] = {"fp32": "fp32", "fp16": "bf16", "bf16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +81,12 @@ def read_settings(path: Path, *, names_model: bool = True) -> Asked:
         "tp": run.tensor_parallel_sizes,
         "pp": run.pipeline_parallel_sizes,
         "batch_sizes": benchmark.batch_sizes,
-        "precision": (_PRECISIONS[run.data_type],),
+        "precision": (run.data_type,),
         "max_minutes_per_run": _minutes(run.time_limit, path),
         "results": Path(run.results_dir) if run.results_dir and "${" not in run.results_dir else None,
         "model": _model(run, path) if names_model else None,
     }
     remarks = ["topk and topp are read and change nothing: what is drawn from the last token takes no time to speak of"]
-    if run.data_type == "fp16":
-        remarks.append("data_type fp16 is timed in bf16, which computes at the same rate")
     if run.gpus_per_node is not None:
         remarks.append("gpus_per_node changes nothing: the cluster's profile says how many GPUs a node has")
     return Asked(options={name: value for name, value in options.items() if value is not None}, remarks=tuple(remarks))

@@ -22,7 +22,7 @@ from hptool.launch import JobState, JobStatus, Run
 from hptool.measurement import FailureKind, PointFailure, ServedPoint
 from hptool.results import OutcomeRecord, ResultsDirectory, Submission
 from hptool.serving import Lengths, ServingLayout, Targets
-from hptool.serving_agenda import ServingAgenda, cut_off, rows_of, trials_of
+from hptool.serving_agenda import ServingAgenda, rows_of, trials_of
 from hptool.serving_candidates import ServingSpace
 from hptool.serving_orders import ServingOrders
 from hptool.serving_plan import ServingPlan, ServingRequest, make_serving_plan
@@ -119,15 +119,14 @@ def test_points_that_a_run_did_not_come_to_are_open_until_that_has_happened_too_
     assert endings(plan, *[left] * 3) == {"16:4/1": Ending.MEASURED, "16:4/2": Ending.FAILED}
 
 
-def test_a_run_that_was_cut_off_failed_in_one_point_and_leaves_the_rest_open(plan: ServingPlan) -> None:
+def test_a_run_that_was_cut_off_leaves_open_what_it_had_not_measured(plan: ServingPlan) -> None:
+    # As Ctrl-C, a time limit or a lost node leaves it, none of which says anything about a point.
     cut = record(point(1))
-    assert cut_off(cut) == "16:4/2"
-    assert endings(plan, cut) == {"16:4/1": Ending.MEASURED, "16:4/2": Ending.FAILED}
-    # In whatever order it was asked for them.
-    backwards = record(point(4), parts=["16:4/4", "16:4/2", "16:4/1"])
-    assert endings(plan, backwards) == {"16:4/4": Ending.MEASURED, "16:4/2": Ending.FAILED}
-    assert cut_off(record(point(1), point(2), point(4))) is None
-    assert cut_off(record(failure=samples.failure())) is None
+    assert endings(plan, cut) == {"16:4/1": Ending.MEASURED}
+    again = record(point(2), parts=["16:4/2", "16:4/4"])
+    assert endings(plan, cut, again) == {"16:4/1": Ending.MEASURED, "16:4/2": Ending.MEASURED}
+    thrice = [record(point(1)), record(point(2)), record(point(2))]
+    assert endings(plan, *thrice)["16:4/4"] is Ending.FAILED
 
 
 def test_a_run_that_was_lost_is_repeated_twice(plan: ServingPlan) -> None:
@@ -402,14 +401,22 @@ def test_what_a_run_had_no_time_for_is_measured_by_another(tmp_path: Path) -> No
     assert measured(records) == [("tp1-pp1-fp32", f"16:4/{b}") for b in BATCHES]
 
 
-def test_a_run_that_dies_in_a_point_costs_that_point_alone(tmp_path: Path) -> None:
+def test_what_is_left_of_a_run_that_was_ended_early_is_measured_by_another(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "run", space=ServingSpace(tp=(1,), pp=(1,), batch_sizes=BATCHES))
     _, records, _ = searched(plan, Servers(tmp_path, serve=lambda s, run, orders: s.leave(run, orders, 1)))
-    assert measured(records) == [("tp1-pp1-fp32", "16:4/1"), ("tp1-pp1-fp32", "16:4/4")]
-    assert endings(plan, *records.values())["16:4/2"] is Ending.FAILED
+    assert measured(records) == [("tp1-pp1-fp32", f"16:4/{batch}") for batch in BATCHES]
+
+
+def test_a_point_that_no_run_comes_to_is_given_up_and_reported(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "run", space=ServingSpace(tp=(1,), pp=(1,), batch_sizes=(1, 2, 4, 8)))
+    results = ResultsDirectory(plan.directory)
+    results.begin(plan.document(), resume=False)
+    for k in (1, 2, 4):
+        results.record_outcome(record(point(k), parts=[f"16:4/{k}", "16:4/8"], run=f"{ONE.name}.{k}"))
+    assert endings(plan, *results.outcomes().values())["16:4/8"] is Ending.FAILED
     failed = [row for row in read_serving_report(plan.directory).rows if row.failure]
     assert [(row.batch, row.failure and row.failure.message) for row in failed] == [
-        (2, "its run was ended at work on it")
+        (8, "3 runs ended before they had measured it")
     ]
 
 

@@ -28,8 +28,8 @@ def refuse_impossible(config: BaseConfig, source: str) -> None:
         )
     if config.precision == "fp16":
         problems.append(
-            f"{source}: trainer.precision: {trainer.precision!r} given, allowed for training is 'bf16' or 32: fp16 needs "
-            "losses that are scaled"
+            f"{source}: trainer.precision: {trainer.precision!r} given, allowed for training is 'bf16' or 32: fp16 "
+            "needs losses that are scaled"
         )
     problems += [f"{source}: {problem}" for problem in (*masking.problems(config), *_unsupported(config))]
     if problems:
