@@ -25,7 +25,7 @@ from hptool.serving import Lengths, Objective, ServingLayout, ServingPoint, Serv
 from hptool.serving_candidates import ServingCandidates, ServingSpace, enumerate_points
 from hptool.serving_orders import FEWEST_REPEATS, ServingOrders
 from hptool.serving_strategy import ServingLandscape, landscape_of
-from hptool.worker.orders import newest_checkpoint
+from hptool.worker.orders import CHECKPOINTS, CONFIG, newest_checkpoint
 from hptool.worker.refusals import refuse_unservable
 
 #: Whose constants predict the worker's own loop, and a command of the user's: `cluster/engines/`.
@@ -36,6 +36,9 @@ KIND = "serving"
 
 #: Every checkpoint of Megatron-core's has this file.
 _CHECKPOINT_MARK = "metadata.json"
+
+#: Of a shape, what no weight has the size of.
+_NOT_OF_WEIGHTS = ("seq_length", "encoder_seq_length")
 
 #: What any model can answer.
 _SHORTEST = (Lengths(input_len=1, output_len=1),)
@@ -169,8 +172,8 @@ def make_serving_plan(request: ServingRequest, cluster: Cluster | None = None) -
         raise InputError(f"--nodes: {nodes} given, allowed is 1 to {cluster.nodes} ({request.cluster})")
     if request.parallel is not None and request.parallel > 1 and cluster.scheduler == "local":
         raise InputError(f"--parallel: {request.parallel} given, allowed is 1: runs on this machine share its devices")
-    request = replace(request, checkpoint=_checkpoint(request.checkpoint))
     config = read_config(request.model, request.overrides, cluster, nodes)
+    request = replace(request, checkpoint=_checkpoint(request.checkpoint, config))
     _check_values(request, config, cluster, nodes)
     return _plan(request, cluster, nodes, config, files.read_engine(_ENGINES[request.engine]))
 
@@ -319,8 +322,11 @@ def _check_values(request: ServingRequest, config: BaseConfig, cluster: Cluster,
         raise InputError(*found)
 
 
-def _checkpoint(given: str | None) -> str | None:
-    """Where it lies, from wherever the runs are started; InputError where nothing of the kind does."""
+def _checkpoint(given: str | None, config: BaseConfig) -> str | None:
+    """Where it lies, from wherever the runs are started; InputError where nothing of the kind does.
+
+    Nor may it be of another shape. One that has no config beside it is compared by the worker, tensor by tensor.
+    """
     if given is None:
         return None
     path = Path(given).absolute()
@@ -328,6 +334,17 @@ def _checkpoint(given: str | None) -> str | None:
         raise InputError(
             f"--checkpoint: {given} given, allowed is a directory of hptool train or one of its checkpoints/step-N"
         )
+    training = path if (path / CHECKPOINTS).is_dir() else path.parent.parent
+    if (training / CONFIG).is_file():
+        trained: BaseConfig = files.read(training / CONFIG, BaseConfig)
+        differing = [
+            f"{f.name} ({there} there, {asked} asked for)"
+            for f in dataclasses.fields(config.shape)
+            if f.name not in _NOT_OF_WEIGHTS
+            and (there := getattr(trained.shape, f.name)) != (asked := getattr(config.shape, f.name))
+        ]
+        if differing:
+            raise InputError(f"--checkpoint: {given} is of another model: it differs in {', '.join(differing)}")
     return str(path)
 
 

@@ -365,6 +365,14 @@ def test_a_checkpoint_is_of_a_training_and_named_from_everywhere(
             plan_of(checkpoint=given)
     with pytest.raises(InputError, match="--checkpoint: given, allowed is null with engine command"):
         plan_of(checkpoint="training", engine="command", command=("x",))
+    # What was trained there says of what shape it is.
+    other = plan_of(overrides=("model.num_layers=6",)).config
+    (tmp_path / "training" / "config.yaml").write_text(files.yaml_text(other.document()))
+    for given in ("training", "training/checkpoints/step-20"):
+        words = rf"--checkpoint: {given} is of another model: it differs in num_layers \(6 there, 4 asked for\)"
+        with pytest.raises(InputError, match=words):
+            plan_of(checkpoint=given)
+        assert plan_of(checkpoint=given, overrides=("model.num_layers=6",)).request.checkpoint
 
 
 def test_values_that_cannot_meet_are_counted_by_reason_and_it_is_said_what_helps(tmp_path: Path) -> None:
