@@ -8,6 +8,7 @@ from statistics import median
 from typing import TypeAlias
 
 from hptool import timing
+from hptool.serving import Targets
 
 
 class FailureKind(StrEnum):
@@ -142,6 +143,16 @@ class ServedPoint:
     def name(self) -> str:
         """Within its layout: `60:20/8`."""
         return f"{self.input_len}:{self.output_len}/{self.batch}"
+
+    def keeps(self, targets: Targets) -> bool:
+        """The point is within the limits, each of them held against its percentile."""
+        percentile = f"p{targets.percentile}"
+        limits = (
+            (targets.max_latency_ms, self.latency_ms),
+            (targets.max_ttft_ms, self.ttft_ms),
+            (targets.max_tpot_ms, self.tpot_ms),
+        )
+        return all(limit is None or getattr(found, percentile) <= limit for limit, found in limits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

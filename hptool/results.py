@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from hptool import files
 from hptool.errors import InputError, LaunchError
 from hptool.measurement import AnyOutcome, Failure, FailureKind, Measurement, ServingMeasurement
+from hptool.serving import Targets
 from hptool.units import SECONDS_PER_HOUR
 
 #: Held by the process that works in a results directory.
@@ -142,6 +143,15 @@ class ResultsDirectory:
         plan = files.read_yaml(self._plan)  # JSON is YAML
         search = plan.get("search") if isinstance(plan, Mapping) else None
         return str(search.get("kind", "training")) if isinstance(search, Mapping) else "training"
+
+    def wanted(self) -> tuple[Targets, bool]:
+        """The limits of a serving search, and whether it wants latency most; no limits where that cannot be read."""
+        try:
+            asked = files.read_yaml(self._plan)["asked"]  # JSON is YAML
+            targets: Targets = files.parse(asked["targets"], Targets, f"{self._plan}: asked.targets")
+        except (InputError, KeyError, TypeError):
+            return Targets(), False
+        return targets, asked.get("objective") == "latency"
 
     def is_held(self) -> bool:
         """Some process works in the directory, this one or another."""
@@ -339,6 +349,9 @@ def differences(held: Any, asked: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(held, Mapping) and isinstance(asked, Mapping):
         for key in sorted({*held, *asked}):
             yield from differences(held.get(key), asked.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(held, list) and isinstance(asked, list) and len(held) == len(asked):
+        for i, (there, here) in enumerate(zip(held, asked, strict=True)):
+            yield from differences(there, here, f"{prefix}[{i}]")
     elif held != asked:
         yield f"{prefix} ({_short(held)} there, {_short(asked)} asked for)"
 

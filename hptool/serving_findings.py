@@ -1,8 +1,9 @@
 """What a serving search found: its records, its plan and what was learnt, as the report's rows."""
 
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -96,7 +97,7 @@ def make_serving_report(search: ServingSearch, notes: Sequence[str] = ()) -> Ser
         rejections=plan.candidates.rejections,
         rows=list(made.values()),
         answers=answers,
-        expected=_expected(plan, learned),
+        expected=_expected(plan, learned, tried),
         trust=_trust(plan, trials, left_out),
         skipped=_skipped(plan, made, learned) if search.ended else {},
         spent=Spent(
@@ -213,13 +214,15 @@ def _answer(one: Standing, made: Mapping[int, ServingRow]) -> Answer:
     )
 
 
-def _expected(plan: ServingPlan, view: ServingView) -> list[ExpectedPoint]:
-    """The best predicted points; by lengths equally many."""
+def _expected(plan: ServingPlan, view: ServingView, tried: Collection[int]) -> list[ExpectedPoint]:
+    """The points that promise most of those that nobody tried; by lengths equally many."""
     found: list[ExpectedPoint] = []
     each = max(1, _EXPECTED // len(plan.request.workload))
     counts: dict[str, int] = {}
-    for row in by_promise(plan).tolist():
+    for row in by_promise(plan, view).tolist():
         point = plan.points.row(row)
+        if row in tried:
+            continue
         if counts.get(point.lengths.name, 0) < each:
             counts[point.lengths.name] = counts.get(point.lengths.name, 0) + 1
             predicted = _after(plan, view, row)
@@ -313,5 +316,5 @@ def _best_entry(plan: ServingPlan, row: ServingRow) -> dict[str, Any]:
 
 def _command(path: Path) -> str:
     """What times the best again."""
-    words = ["python", "-m", "hptool.worker", path / BEST / "config.yaml", "--output", path / BEST / "again"]
+    words = [sys.executable, "-m", "hptool.worker", path / BEST / "config.yaml", "--output", path / BEST / "again"]
     return shlex.join(map(str, words))

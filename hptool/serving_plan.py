@@ -24,7 +24,7 @@ from hptool.presets import lightning_time
 from hptool.serving import Lengths, Objective, ServingLayout, ServingPoint, ServingPoints, Targets
 from hptool.serving_candidates import ServingCandidates, ServingSpace, enumerate_points
 from hptool.serving_orders import FEWEST_REPEATS, ServingOrders
-from hptool.serving_strategy import ServingLandscape, landscape_of
+from hptool.serving_strategy import ServingLandscape, ServingView, landscape_of
 from hptool.worker.orders import CHECKPOINTS, CONFIG, newest_checkpoint
 from hptool.worker.refusals import refuse_unservable
 
@@ -36,6 +36,9 @@ KIND = "serving"
 
 #: Every checkpoint of Megatron-core's has this file.
 _CHECKPOINT_MARK = "metadata.json"
+
+#: Where no point fits with more probability than this, no run is worth its start.
+_HOPELESS = 0.02
 
 #: Of a shape, what no weight has the size of.
 _NOT_OF_WEIGHTS = ("seq_length", "encoder_seq_length")
@@ -221,6 +224,7 @@ def _plan(request: ServingRequest, cluster: Cluster, nodes: int, config: BaseCon
     if not candidates.points:
         raise NoFeasibleLayout(_nothing_feasible(config, candidates, nodes * cluster.gpus_per_node))
     points = ServingPoints.of(candidates.points)
+    predictions = predict_serving(points, shape, cluster, engine)
     landscape = landscape_of(points, shape, cluster, engine, request.objective, request.targets)
     default = Path("results") / f"{config.run.name}-serving-{cluster.name}-{nodes}n".replace("/", "-")
     plan = ServingPlan(
@@ -231,7 +235,7 @@ def _plan(request: ServingRequest, cluster: Cluster, nodes: int, config: BaseCon
         engine=engine,
         candidates=candidates,
         landscape=landscape,
-        predictions=predict_serving(points, shape, cluster, engine),
+        predictions=predictions,
         directory=(request.results or default).absolute(),
     )
     # What no layout could mend is better refused here than by every run.
@@ -241,13 +245,23 @@ def _plan(request: ServingRequest, cluster: Cluster, nodes: int, config: BaseCon
     except ValueError as error:
         raise InputError(*(f"--{line}" for line in str(error).splitlines())) from error
     refuse_unservable(plan.config_of(first.layout), orders, request.model)
+    if request.strategy != "grid" and float(predictions.p_fit.max()) < _HOPELESS:
+        least = int(predictions.memory_gib.argmin())
+        raise NoFeasibleLayout(
+            f"no point of {config.run.name} is expected to fit into memory: the least, "
+            f"{points.row(least).layout.name}, needs {predictions.memory_gib[least]:.4g} of {cluster.gpu.memory_gib:g} "
+            "GiB. What would help: more GPUs for a replica, or a smaller model; --strategy grid tries all the same"
+        )
     return plan
 
 
-def by_promise(plan: ServingPlan) -> IntColumn:
-    """Rows by what is expected of them before the first run, the best first; those that may not fit come later."""
-    p, targets = plan.predictions, plan.request.targets
-    over = np.ones(len(p))
+def by_promise(plan: ServingPlan, view: ServingView | None = None) -> IntColumn:
+    """Rows by what is expected of them, the best first; those that may not fit come later.
+
+    Expected before the first run, or in a view that has learnt from some.
+    """
+    p, targets = plan.predictions if view is None else view, plan.request.targets
+    over = np.ones(len(plan.points))
     for limit, column in (
         (targets.max_latency_ms, p.latency_ms),
         (targets.max_ttft_ms, p.ttft_ms),
@@ -255,7 +269,8 @@ def by_promise(plan: ServingPlan) -> IntColumn:
     ):
         if limit is not None:
             over = np.maximum(over, column / limit)
-    wanted = p.latency_ms if plan.request.objective == "latency" else -p.tokens_per_s_per_gpu
+    rates = serving_strategy.tokens_per_s_per_gpu(plan.points, p.latency_ms)
+    wanted = p.latency_ms if plan.request.objective == "latency" else -rates
     fits = p.p_fit >= 0.5  # noqa: PLR2004 (more likely than not)
     return np.lexsort([wanted, over, ~fits])
 

@@ -445,6 +445,8 @@ def answer_lines(report: ServingReport, answer: Answer) -> list[str]:
         lines.append(f"equal:  {'; '.join(same)} (their intervals overlap: the timings do not tell them apart)")
     if not s.is_steady:
         lines.append("beware: its passes had not settled when they ended")
+    elif spread > _SCATTERED:
+        lines.append("beware: its passes scatter: something else may have run there, and another run may differ")
     measured = report.measured_of(answer.lengths)
     keeping = sum(other.meets_targets for other in measured)
     if report.targets != Targets(percentile=report.targets.percentile) and keeping:
@@ -473,7 +475,7 @@ def space_words(report: ServingReport) -> str:
     rejected = sum(rejection.count for rejection in report.rejections)
     return (
         f"{_count(report.points, 'point')} of {_count(report.layouts, 'layout')} could start, {len(report.rows)} "
-        f"were tried; {_count(rejected, 'layout')} could not start"
+        f"were tried; {_count(rejected, 'point')} could not start"
     )
 
 
@@ -639,6 +641,9 @@ def _print_below(report: ServingReport, say: Callable[[str], None]) -> None:
 
 #: Of a percentile.
 _MEDIAN = 50
+
+#: Half an interval of the median latency, in percent of it, above which it is said that a point is not well known.
+_SCATTERED = 20
 
 
 def _measured_table(report: ServingReport, answer: Answer, top: int) -> Table:

@@ -13,7 +13,8 @@ from hptool import catalogue, files, launch, serving_report, serving_strategy
 from hptool.campaign import planned_run
 from hptool.conduct import Confirm, Venture, asked_lines, conduct
 from hptool.cost import LOCAL_OVERHEAD_S, Asked, Dispatch, Estimate, worth_packing
-from hptool.facts import Submit
+from hptool.errors import InputError
+from hptool.facts import Cluster, Submit
 from hptool.launch.jobs import IDLE_S
 from hptool.plan import facts_remark
 from hptool.results import ResultsDirectory
@@ -55,8 +56,8 @@ def search_inference(
     for remark in (facts_remark(plan.cluster), catalogue.remark(request.model)):
         if remark is not None:
             screen.say(remark)
-    if not request.dry_run and request.engine == "megatron":
-        refuse_missing_framework()
+    if not request.dry_run:
+        _refuse_missing(request, plan.cluster)
     dispatch, estimate = _cost(plan)
 
     def conclude(results: ResultsDirectory, ended: str | None, notes: Sequence[str]) -> serving_report.ServingReport:
@@ -74,6 +75,14 @@ def search_inference(
         conclude=conclude,
     )
     return conduct(venture, screen, confirm), plan.directory
+
+
+def _refuse_missing(request: ServingRequest, cluster: Cluster) -> None:
+    """InputError where what every run needs is not there, as far as that can be seen from here."""
+    if request.engine == "megatron":
+        refuse_missing_framework()
+    elif cluster.scheduler == "local" and shutil.which(request.command[0]) is None:
+        raise InputError(f"--command: {request.command[0]!r} given, allowed is a program that is found on this machine")
 
 
 def _conclude(search: ServingSearch, notes: Sequence[str] = ()) -> serving_report.ServingReport:

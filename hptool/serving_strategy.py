@@ -428,7 +428,7 @@ class Guided:
         landscape, terrain = self.landscape, _Terrain.of(self.landscape)
         known = _Known.of(landscape, trials)
         if known.tried.all():
-            return _over(known, "every point was measured")
+            return _over(known, "every point was tried")
         now = _outlook(landscape, terrain, known, landscape.view(trials))
         picks = [self._pick(terrain, known, now, lengths) for lengths in range(int(terrain.lengths.max()) + 1)]
         found = sorted((p for p in picks if p is not None), key=lambda p: (p.rank, -p.gain, p.row))
@@ -612,7 +612,7 @@ class Ranked:
         possible = ~known.tried & (_fits(landscape, known, np.ones(len(landscape.points))) > 0)
         place = _places(landscape, terrain, now)
         if not possible.any():
-            return _over(known, "every point was measured that could fit")
+            return _over(known, "every point was tried that could fit")
         row = int(np.argmin(np.where(possible, place, np.iinfo(np.int64).max)))
         why = f"the next best by prediction: {_figures(now, row)}"
         return Sitting(layout=int(landscape.layout[row]), rows=(row,), stops_early=True, why=why)
@@ -648,7 +648,7 @@ class Grid:
         landscape, terrain = self.landscape, _Terrain.of(self.landscape)
         known = _Known.of(landscape, trials)
         if known.tried.all():
-            return _over(known, "every point was measured")
+            return _over(known, "every point was tried")
         order = np.lexsort([terrain.batch, terrain.group])
         group = terrain.group[order[~known.tried[order]][0]]
         rows = order[(terrain.group[order] == group) & ~known.tried[order]]

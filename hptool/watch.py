@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hptool.errors import InputError
-from hptool.measurement import Failure, PointFailure, ServedPoint
+from hptool.measurement import Failure, Measurement, PointFailure, ServedPoint
 from hptool.results import OutcomeRecord, ResultsDirectory, Status, Submission
-from hptool.units import MILLI, MINUTES_PER_HOUR, SECONDS_PER_MINUTE
+from hptool.units import MINUTES_PER_HOUR, SECONDS_PER_MINUTE
 
 #: What a search does while it has runs under way, and after somebody ended it.
 MEASURING = "measuring"
@@ -55,6 +55,16 @@ class Line:
     step_time_s: float | None
     spread: float | None  # half the interval of the step time, as a fraction of it
     gpu_hours: float
+    point: ServedPoint | None = None  # of a run that serves the one with the highest rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedBest:
+    """The best point so far for requests of such lengths; None where none keeps the limits yet."""
+
+    lengths: str
+    layout: str | None
+    point: ServedPoint | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +82,9 @@ class Snapshot:
     best_step_time_s: float | None
     best_predicted_step_time_s: float | None
     best_model_tflops_per_gpu: float | None
-    #: A search for the fastest way to serve: steps are points, and a step's time is the latency of a point.
+    #: A search for the fastest way to serve, whose steps are points; it has a best for each kind of request.
     serves: bool = False
+    served: tuple[ServedBest, ...] = ()
 
 
 def snapshot(
@@ -95,7 +106,7 @@ def snapshot(
         is_forgotten = word is None and i < max(known, default=0)
         lines.append(_line(results, submission, record, word, is_gone=is_forgotten or not at_work))
     serves = any(submission.parts for submission in submissions.values())
-    best = _fastest_service(outcomes.values()) if serves else _best(outcomes.values())
+    best = None if serves else _best(outcomes.values())
     found = best.measurement if best else None
     return Snapshot(
         doing=status.doing,
@@ -103,12 +114,13 @@ def snapshot(
         gpu_hours=max(status.gpu_hours, sum(record.gpu_hours for record in outcomes.values())),
         lines=tuple(lines),
         best=best.name if best else None,
-        best_step_time_s=_step_time_s(best) if best else None,
+        best_step_time_s=found.step_time_s if found else None,
         best_predicted_step_time_s=submissions[best.run].predicted_step_time_s
         if best and best.run in submissions
         else None,
         best_model_tflops_per_gpu=found.model_tflops_per_gpu if found else None,
         serves=serves,
+        served=tuple(_served_bests(results, outcomes.values())) if serves else (),
     )
 
 
@@ -131,28 +143,25 @@ def _best_point(record: OutcomeRecord) -> ServedPoint | None:
     return max(points, key=lambda point: point.tokens_per_s_per_gpu, default=None)
 
 
-def _fastest_service(records: Iterable[OutcomeRecord]) -> OutcomeRecord | None:
-    """The run with the highest rate for each GPU, whatever its latency."""
-    rates = {
-        i: (point.tokens_per_s_per_gpu, record) for i, record in enumerate(records) if (point := _best_point(record))
-    }
-    return max(rates.values(), key=lambda rate: rate[0], default=(0.0, None))[1]
+def _served_bests(results: ResultsDirectory, records: Iterable[OutcomeRecord]) -> Iterator[ServedBest]:
+    """For each kind of request the best point within the limits of the search, by what the search wants most."""
+    targets, wants_latency = results.wanted()
+    found: dict[str, list[tuple[str, ServedPoint]]] = {}
+    for record in records:
+        for point in record.serving.points if record.serving else ():
+            found.setdefault(f"{point.input_len}:{point.output_len}", []).append((record.name, point))
+
+    def worth(entry: tuple[str, ServedPoint]) -> float:
+        return -entry[1].latency_ms.p50 if wants_latency else entry[1].tokens_per_s_per_gpu
+
+    for lengths, points in found.items():
+        best = max((entry for entry in points if entry[1].keeps(targets)), key=worth, default=None)
+        yield ServedBest(lengths=lengths, layout=best[0] if best else None, point=best[1] if best else None)
 
 
-def _step_time_s(record: OutcomeRecord) -> float | None:
-    """Of a step, or the latency of the point with the highest rate."""
-    if record.measurement:
-        return record.measurement.step_time_s
-    point = _best_point(record)
-    return point.latency_ms.p50 * MILLI if point else None
-
-
-def _spread(record: OutcomeRecord) -> float | None:
-    """Half the interval of that time, as a fraction of it."""
-    if (measured := record.measurement) is not None:
-        return (measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s
-    point = _best_point(record)
-    return (point.latency_high_ms - point.latency_low_ms) / 2 / point.latency_ms.p50 if point else None
+def _spread(measured: Measurement) -> float:
+    """Half the interval of the step time, as a fraction of it."""
+    return (measured.step_time_high_s - measured.step_time_low_s) / 2 / measured.step_time_s
 
 
 def _tokens_per_s(record: OutcomeRecord) -> float | None:
@@ -173,6 +182,7 @@ def _line(
     results: ResultsDirectory, submission: Submission, record: OutcomeRecord | None, word: str | None, *, is_gone: bool
 ) -> Line:
     measured = record if record and not record.failure else None
+    trained = record.measurement if record else None
     told = results.read_progress(submission.run) if record is None else None
     failure = _failure(record) if record else None
     if failure:
@@ -195,9 +205,10 @@ def _line(
         of=submission.steps,
         tokens_per_s=_tokens_per_s(measured) if measured else (told.tokens_per_s if told else None),
         predicted_step_time_s=submission.predicted_step_time_s,
-        step_time_s=_step_time_s(measured) if measured else None,
-        spread=_spread(measured) if measured else None,
+        step_time_s=trained.step_time_s if trained else None,
+        spread=_spread(trained) if trained else None,
         gpu_hours=record.gpu_hours if record else 0.0,
+        point=_best_point(record) if record else None,
     )
 
 
@@ -268,15 +279,35 @@ def summary(now: Snapshot) -> str:
         parts.insert(1, f"{duration(now.elapsed_s)} elapsed")
     if now.best is not None and now.best_step_time_s is not None:
         predicted = now.best_predicted_step_time_s
-        beside = f", {predicted:.4g} s predicted" if predicted and not now.serves else ""
-        what = "for its batch, at the highest rate" if now.serves else "a step"
-        parts.append(f"best {_short(now.best)}: {now.best_step_time_s:.4g} s {what}{beside}")
+        beside = f", {predicted:.4g} s predicted" if predicted else ""
+        parts.append(f"best {_short(now.best)}: {now.best_step_time_s:.4g} s a step{beside}")
+    for best in now.served:
+        found = "nothing measured keeps the limits"
+        if best.point:
+            rate, ms = best.point.tokens_per_s_per_gpu, best.point.latency_ms.p50
+            found = f"{best.layout} with batch {best.point.batch}, {rate:,.0f} tokens/s/GPU in {ms:.4g} ms"
+        parts.append(f"best of {best.lengths}: {found}")
     return "; ".join(parts)
 
 
 def _printable(text: str) -> str:
     """On one line, and without what a terminal would obey: anything may stand in what a job said."""
     return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
+def _step_cells(line: Line) -> Sequence[str]:
+    return (
+        "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
+        "" if line.step_time_s is None else f"{line.step_time_s:.4g}",
+        "" if line.spread is None else f"{line.spread:.1%}",
+        f"{line.predicted_step_time_s:.4g}",
+    )
+
+
+def _served_cells(line: Line) -> Sequence[str]:
+    if (point := line.point) is None:
+        return "", "", ""
+    return point.name, f"{point.tokens_per_s_per_gpu:,.0f}", f"{point.latency_ms.p50:.4g}"
 
 
 def table(now: Snapshot, most_lines: int | None = None) -> RenderableType:
@@ -287,8 +318,8 @@ def table(now: Snapshot, most_lines: int | None = None) -> RenderableType:
     made = Table(box=None, pad_edge=False)
     made.add_column("run")
     made.add_column("")
-    of = ("points", "tokens/s", "best s") if now.serves else ("steps", "tokens/s", "step s")
-    for heading in ("nodes", *of, "±", "pred. s"):
+    own = ("points", "fastest", "tok/s/GPU", "ms") if now.serves else ("steps", "tokens/s", "step s", "±", "pred. s")
+    for heading in ("nodes", *own):
         made.add_column(heading, justify="right", no_wrap=True)
     count = len(now.lines) if most_lines is None else most_lines
     by_news = sorted(range(len(now.lines)), key=lambda i: (now.lines[i].state in _OPEN, i))
@@ -300,10 +331,7 @@ def table(now: Snapshot, most_lines: int | None = None) -> RenderableType:
             Text(line.state.value, style=_STYLES[line.state], no_wrap=True, overflow="ellipsis"),
             str(line.nodes),
             f"{line.step}/{line.of}",
-            "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
-            "" if line.step_time_s is None else f"{line.step_time_s:.4g}",
-            "" if line.spread is None else f"{line.spread:.1%}",
-            f"{line.predicted_step_time_s:.4g}",
+            *(_served_cells(line) if now.serves else _step_cells(line)),
         )
     said = [
         f"{x.run}: {x.detail}"

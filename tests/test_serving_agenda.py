@@ -308,7 +308,7 @@ def measured(records: dict[str, OutcomeRecord]) -> list[tuple[str, str]]:
 
 def test_a_search_of_all_measures_each_point_once_and_ends(plan: ServingPlan, tmp_path: Path) -> None:
     why, records, listener = searched(plan, Servers(tmp_path))
-    assert why == "every point was measured"
+    assert why == "every point was tried"
     assert sorted(measured(records)) == sorted((p.layout.name, p.name) for p in plan.candidates.points)
     assert "job 7: tp1-pp1-fp32: 16:4 with batches 1, 2, 4 on 1 node, the next of all" in listener.said
     assert any(
@@ -362,7 +362,7 @@ def test_runs_that_are_lost_again_and_again_do_not_hold_a_search_up(plan: Servin
             servers.all_of_it(run, orders)
 
     why, records, _ = searched(plan, Servers(tmp_path, serve=lose))
-    assert why == "every point was measured"
+    assert why == "every point was tried"
     assert [run for run in records if run.startswith("tp2")] == [f"tp2-pp1-fp32{k}" for k in ("", ".2", ".3")]
     assert len(measured(records)) == 3
     # Whoever resumes knows that the trouble is over.
@@ -394,7 +394,7 @@ def test_what_a_run_had_no_time_for_is_measured_by_another(tmp_path: Path) -> No
         path.write_text(json.dumps({**told, "skipped": [p.name for p in orders.points[1:]]}))
 
     why, records, _ = searched(plan, Servers(tmp_path, serve=slow))
-    assert why == "every point was measured"
+    assert why == "every point was tried"
     assert [x.parts for x in records.values()] == [
         ("16:4/1", "16:4/2", "16:4/4"), ("16:4/2", "16:4/4"), ("16:4/4",)
     ]  # fmt: skip

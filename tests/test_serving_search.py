@@ -80,7 +80,7 @@ def test_every_point_is_measured_once_and_the_best_comes_first(ended: Search) ->
     assert ended.answer["spent"]["runs"] == 2
     assert ended.answer["engine"].startswith("megatron-core")
     assert "job " in ended.said
-    assert "ended: every point was measured" in ended.said
+    assert "ended: every point was tried" in ended.said
 
 
 def test_its_files_say_the_same(ended: Search) -> None:
@@ -122,12 +122,15 @@ def test_the_report_is_made_anew_from_the_records(ended: Search) -> None:
 
 def test_status_shows_its_runs(ended: Search) -> None:
     status = json.loads(hptool("status", ended.path, "--json").stdout)
-    assert status["doing"] == "done: every point was measured"
+    assert status["doing"] == "done: every point was tried"
     assert [(line["run"], line["state"], line["step"], line["of"]) for line in status["lines"]] == [
         ("tp1-pp1-fp32", "done", 2, 2), ("tp2-pp1-fp32", "done", 2, 2)
     ]  # fmt: skip
-    assert status["best"] == "tp1-pp1-fp32"
-    assert "tp2-pp1-fp32" in hptool("status", ended.path).stdout
+    (best,) = status["served"]
+    assert (best["lengths"], best["layout"], best["point"]["batch"]) == ("16:4", "tp1-pp1-fp32", 4)
+    shown = hptool("status", ended.path).stdout
+    assert "tp2-pp1-fp32" in shown
+    assert "best of 16:4: tp1-pp1-fp32 with batch 4" in " ".join(shown.split())
 
 
 def test_the_command_of_the_best_times_it_again(ended: Search, tmp_path: Path) -> None:
@@ -203,6 +206,8 @@ def test_where_nothing_keeps_the_limit_the_closest_is_reported(results: Path) ->
     out, err = finish(process)
     assert process.returncode == 3, err
     assert "No point that was measured keeps the limits" in err
+    shown = hptool("status", results).stdout
+    assert "best of 16:4: nothing measured keeps the limits" in " ".join(shown.split())
     (answer,) = json.loads(out)["answers"]
     assert answer["best"] is None
     # The least that this engine can do is 50 ms.

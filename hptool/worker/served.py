@@ -20,7 +20,6 @@ from hptool import files
 from hptool.base_config import BaseConfig
 from hptool.measurement import FailureKind, PointFailure, ServedPoint, ServingMeasurement
 from hptool.secrets import redact
-from hptool.serving import Targets
 from hptool.serving_orders import SERVING, PointOrder, ServingOrders
 from hptool.worker import outcome
 
@@ -138,21 +137,10 @@ def skipped(orders: ServingOrders, points: Sequence[ServedPoint], failures: Sequ
     by_name = {point.name: point for point in orders.points}
     ended = [by_name[failure.name] for failure in failures if failure.kind is FailureKind.OOM]
     if orders.stops_early:
-        ended += [by_name[point.name] for point in points if not keeps(orders.targets, point)]
+        ended += [by_name[point.name] for point in points if not point.keeps(orders.targets)]
     beyond = {larger for point in ended for larger in orders.larger(point)}
     tried = {*_names(points), *_names(failures)}
     return tuple(point.name for point in orders.points if point in beyond and point.name not in tried)
-
-
-def keeps(targets: Targets, point: ServedPoint) -> bool:
-    """The point is within the limits, each of them held against its percentile."""
-    percentile = f"p{targets.percentile}"
-    limits = (
-        (targets.max_latency_ms, point.latency_ms),
-        (targets.max_ttft_ms, point.ttft_ms),
-        (targets.max_tpot_ms, point.tpot_ms),
-    )
-    return all(limit is None or getattr(found, percentile) <= limit for limit, found in limits)
 
 
 def tell_progress(directory: Path, done: int, of: int, tokens_per_s: float) -> None:
