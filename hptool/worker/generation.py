@@ -43,7 +43,8 @@ class Generator:
         (chunk,) = model.build_chunks(self._config, megatron)
         if initialise.is_wanted():
             initialise.fill(chunk, self._config.stack.init_method_std)
-        self.chunk: LanguageModule = chunk.to(device).eval()
+        # Of what Megatron makes in fp32 whatever the precision (norms, positions) too, as its Float16Module does.
+        self.chunk: LanguageModule = chunk.to(device, megatron.params_dtype).eval()
         serve_from_cache(self.chunk)
         self._pipe = _Pipe()
         self._dtype: torch.dtype = megatron.params_dtype

@@ -116,6 +116,53 @@ def test_cached_tokens_are_those_of_whole_passes_for_every_cut(family: str, tmp_
         assert on_ranks(tmp_path / name, cut, answered(cut)) == [expected] * cut.gpus, name
 
 
+def shortfalls(config: BaseConfig, tokens: list[list[int]]) -> Callable[[], list[float]]:
+    """On the only rank, of a model in fp32: by how much each of these tokens misses the likeliest one's logit there.
+
+    As a part of the range of the logits, in whole forward passes over the tokens before it.
+    """
+
+    def work() -> list[float]:
+        import torch  # noqa: PLC0415 (heavy)
+
+        from hptool.worker import initialise, model  # noqa: PLC0415 (imports megatron)
+
+        (chunk,) = model.build_chunks(config, model.transformer_config(config))
+        initialise.fill(chunk, STD)
+        chunk.eval()
+        seen: list[torch.Tensor] = []
+        chunk.output_layer.register_forward_hook(lambda _, __, output: seen.append(output[0]))
+        made, asked = torch.tensor(tokens), prompts(config)
+        before = torch.zeros(BATCH, 1, dtype=torch.int64) if config.is_encoder_decoder else asked
+        read = torch.cat([before, made[:, :-1]], 1)
+        positions = torch.arange(read.size(1)).expand_as(read)
+        with torch.no_grad():
+            chunk(*((asked, read, read) if config.is_encoder_decoder else (read, positions, None)))
+        logits = seen.pop()[-OUTPUT:, :, : config.shape.vocab_size].transpose(0, 1)
+        missed = logits.amax(-1) - logits.gather(-1, made[..., None])[..., 0]
+        found: list[float] = (missed / (logits.amax(-1) - logits.amin(-1))).flatten().tolist()
+        return found
+
+    return work
+
+
+@pytest.mark.parametrize("precision", ["bf16", 16])
+@pytest.mark.parametrize("family", MODELS)
+def test_tokens_of_16_bits_are_likely_ones_in_32(family: str, precision: str | int, tmp_path: Path) -> None:
+    narrow = config_of(family, trainer__precision=precision)
+    (tokens,) = on_ranks(tmp_path / "narrow", narrow, answered(narrow))
+    assert len({tuple(row) for row in tokens}) > 1
+    whole = config_of(family)
+    (missed,) = on_ranks(tmp_path / "whole", whole, shortfalls(whole, tokens))
+    assert max(missed) < 0.05
+    if family == "gpt":
+        cut = config_of(family, **LAYOUTS["tp2-pp2"], trainer__precision=precision)
+        found = on_ranks(tmp_path / "cut", cut, answered(cut))
+        assert found == [found[0]] * cut.gpus
+        (missed,) = on_ranks(tmp_path / "again", whole, shortfalls(whole, found[0]))
+        assert max(missed) < 0.05
+
+
 def test_one_token_needs_no_decoding(tmp_path: Path) -> None:
     alone = config_of("llama")
     (expected,) = on_ranks(tmp_path / "whole", alone, uncached(alone))
