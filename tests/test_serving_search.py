@@ -206,8 +206,8 @@ def test_where_nothing_keeps_the_limit_the_closest_is_reported(results: Path) ->
     out, err = finish(process)
     assert process.returncode == 3, err
     assert "No point that was measured keeps the limits" in err
-    shown = hptool("status", results).stdout
-    assert "best of 16:4: nothing measured keeps the limits" in " ".join(shown.split())
+    status = hptool("status", results).stdout
+    assert "best of 16:4: nothing measured keeps the limits" in " ".join(status.split())
     (answer,) = json.loads(out)["answers"]
     assert answer["best"] is None
     # The least that this engine can do is 50 ms.
