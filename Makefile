@@ -27,7 +27,7 @@ demo-inference: $(VENV)/.worker
 	  --workload 32:16,96:16 --tp 1,2 --pp 1,2 --batch-sizes 1,2,4,8,16 --max-ttft-ms 150
 
 test: $(VENV)/.dev browser
-	@echo "make test: unit, numerics, local and Slurm tests; about 25 minutes on two cores"
+	@echo "make test: unit, numerics, local and Slurm tests; about 40 minutes on two cores"
 	@# What is in tests/gpu needs a GPU: make gpu.
 	$(BIN)/python -m pytest --ignore=tests/worker --ignore=tests/gpu
 	@# Apart, because ranks are forked from the process of these tests, and forking a large one is slow.
