@@ -52,7 +52,11 @@ def test_a_clock_times_one_call_and_not_several(monkeypatch: pytest.MonkeyPatch)
 
     timing = Clock(CPU).time(run)
     assert 1e-4 <= timing.seconds < 1e-2
-    assert len(set(seen)) > 3  # other inputs each time
+    last = seen[-1]
+    assert last >= 1
+    assert seen[-last - 1 :] == list(
+        range(last + 1)
+    )  # other inputs each time, however many a busy machine lets it take
     assert timing.spread >= 0
 
 
